@@ -1,0 +1,10 @@
+"""ComfyUI-Helios: long, real-time video with the Helios models, as ComfyUI nodes."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """The host's entry point. Imported late, so that `helios_core` can be used without ComfyUI."""
+    from .nodes import HeliosExtension
+
+    return HeliosExtension()

@@ -1,0 +1,433 @@
+"""Helios checkpoints on disk: what is in them, whether it is all there, and their tensors one at a time.
+
+Only headers are read until `read_tensors` is asked for a tensor. safetensors files are parsed and mapped here instead
+of with `safetensors.safe_open`: its private mapping of a whole file counts against memory on Linux, which refuses it
+for a file larger than RAM and swap together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import mmap
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from .config import TransformerConfig, Variant
+from .transformer import HeliosTransformer
+
+CONFIG_KEY, VARIANT_KEY = "helios_config", "helios_variant"  # in the metadata of files that we write
+HEAD_DIM = 128  # of every published checkpoint; shapes alone do not tell it
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+SHOWN = 10  # names an error lists before it only counts
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+RENAMES = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+        (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+        (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+        (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+        (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+        (r"^(blocks\.\d+\.ffn)\.0\.", r"\1.net.0.proj."),
+        (r"^(blocks\.\d+\.ffn)\.2\.", r"\1.net.2."),
+        (r"^scale_shift_table$", "norm_out.scale_shift_table"),
+    )
+)
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+HISTORY_PATCHES = ("patch_short.weight", "patch_mid.weight", "patch_long.weight")  # no other model has them
+QUANTISED = re.compile(
+    r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map|weight_packed)$"
+)
+FOREIGN = tuple(
+    (re.compile(pattern), looks_like)
+    for pattern, looks_like in (
+        (r"lora_(A|B|up|down)\.|lora_(A|B|up|down)$|\.lora\.", "a LoRA; a LoRA loader puts it on top of a model"),
+        (r"(^|\.)blocks\.0\.self_attn\.q\.weight$", "a Wan 2.1 or 2.2 video model, which has no history memory"),
+        (r"(^|\.)double_blocks\.0\.", "a Flux or HunyuanVideo model"),
+        (r"(^|\.)joint_blocks\.0\.", "a Stable Diffusion 3 model"),
+        (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion 1, 2 or XL model"),
+        (r"(^|\.)block\.0\.layer\.0\.SelfAttention\.q\.weight$", "a T5 or UMT5 text encoder; load it as a CLIP"),
+        (r"(^|\.)decoder\.(conv1|conv_in|head\.0)\.", "a VAE; load it with a VAE loader"),
+        (r"(^|\.)blocks\.0\.attn1\.to_q\.weight$", "a Wan model in diffusers' layout, which has no history memory"),
+    )
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read. The message names the file, what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: `offset` bytes into `file`, under the name `key`."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The headers of one whole and fitting Helios transformer; `tensors` goes by `HeliosTransformer`'s own names."""
+
+    path: Path
+    config: TransformerConfig
+    variant: Variant | None  # None where the files do not say
+    tensors: Mapping[str, StoredTensor]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read and check the headers of a .safetensors file, a transformer folder or an official repository's folder.
+
+    Raises CheckpointError unless the weights are those of a Helios transformer, with none missing, left over or of
+    another shape. Key layouts and prefixes: diffusers' (older ones included) and ComfyUI's repack.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Give a .safetensors file or a folder of a Helios repository.")
+    if "transformer_ode" in (path.absolute().name, path.absolute().parent.name):
+        raise CheckpointError(f"{path} is not the model that makes videos. Give the folder that holds transformer_ode.")
+    folder = _transformer_folder(path) if path.is_dir() else None
+    stored, metadata = _read_headers([path] if folder is None else _weight_files(folder))
+    _refuse_foreign(path, stored)
+    tensors = _canonical(path, stored)
+    config = _config(path, folder, metadata, tensors)
+    _check(path, config, tensors)
+    return Checkpoint(path, config, _variant(path, metadata), tensors)
+
+
+def target_dtypes(config: TransformerConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype that a transformer of this `dtype` keeps each of its tensors in: some are float32 in any case."""
+    weights = HeliosTransformer(config, dtype=dtype, device="meta").state_dict()
+    return {name: tensor.dtype for name, tensor in weights.items()}
+
+
+def read_tensors(checkpoint: Checkpoint, target: Callable[[str], torch.dtype]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) in the order of the files, each in the dtype that `target` names for it.
+
+    A tensor stored in that dtype is a copy-on-write view of the file and takes no memory of its own. Of the others one
+    exists at a time, apart from those the caller keeps. Raises CheckpointError for values outside the target's range.
+    """
+
+    def position(item: tuple[str, StoredTensor]) -> tuple[str, int]:
+        return str(item[1].file), item[1].offset
+
+    for _, group in itertools.groupby(sorted(checkpoint.tensors.items(), key=position), key=lambda x: x[1].file):
+        whole_file: mmap.mmap | None = None  # one map for all views: each map holds a file handle until it is gone
+        for name, stored in group:
+            if (dtype := target(name)) != stored.dtype:
+                yield name, _converted(stored, dtype)
+                continue
+            if whole_file is None:
+                whole_file = _map(stored.file, 0, stored.file.stat().st_size)
+            yield name, _view(whole_file, stored, stored.offset)
+
+
+def _map(file: Path, start: int, length: int) -> mmap.mmap:
+    """Map a part of a file, writable without changing the file. `start` is a multiple of ALLOCATIONGRANULARITY."""
+    with file.open("rb") as stream:
+        if sys.platform == "linux":
+            # Without NORESERVE Linux refuses maps larger than RAM and swap. Python 3.11 has no name for the flag.
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+            return mmap.mmap(stream.fileno(), length, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        return mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+
+
+def _view(memory: mmap.mmap, stored: StoredTensor, start: int) -> Tensor:
+    count = math.prod(stored.shape)
+    if start % stored.dtype.itemsize:  # other writers do not align; a tensor must be
+        raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * stored.dtype.itemsize, offset=start)
+        return raw.clone().view(stored.dtype).reshape(stored.shape)
+    return torch.frombuffer(memory, dtype=stored.dtype, count=count, offset=start).reshape(stored.shape)
+
+
+def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    # A map of this tensor alone, gone with it: pages of a map that stays would pile up as the file is read.
+    start = stored.offset - stored.offset % mmap.ALLOCATIONGRANULARITY
+    end = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+    values = _view(_map(stored.file, start, end - start), stored, stored.offset - start)
+    if dtype in (torch.float16, torch.float8_e4m3fn) and stored.dtype.itemsize > 1:
+        limit = torch.finfo(dtype).max
+        low, high = (x.item() for x in values.aminmax())
+        if not (low >= -limit and high <= limit):  # true for NaN as well
+            raise CheckpointError(
+                f"{stored.file}: the values of {stored.key!r} go from {low:.4g} to {high:.4g}, which {dtype} cannot "
+                f"hold (at most {limit:.4g}). Choose bf16."
+            )
+    return values.to(dtype)
+
+
+def _read_headers(files: list[Path]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    stored: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        tensors, notes = _read_header(file)
+        if twice := sorted(stored.keys() & tensors.keys()):
+            raise CheckpointError(f"{file} and another shard hold {_some(twice)} both. Download the folder again.")
+        stored |= tensors
+        metadata |= notes
+    return stored, metadata
+
+
+def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, after checking that all of it is there."""
+    if file.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{file} is a pickle, by its name, and opening one can run any code in it. Give a .safetensors file."
+        )
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if not size:
+            raise CheckpointError(f"{file} is empty (0 bytes). Download it again.")
+        if start[8:] != b"{" or length > MAX_HEADER:
+            raise CheckpointError(f"{file} is no safetensors file{_kind(start)}. Give a .safetensors file of Helios.")
+        if 8 + length > size:
+            raise CheckpointError(_truncated(file, size, 8 + length))
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        metadata = dict(header.pop("__metadata__", {}))
+        entries = [
+            (key, str(entry["dtype"]), tuple(map(int, entry["shape"])), int(first), int(last))
+            for key, entry in header.items()
+            for first, last in [entry["data_offsets"]]
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"The header of {file} is damaged ({error}). Download the file again.") from error
+
+    end = 8 + length + max((entry[4] for entry in entries), default=0)
+    if end > size:
+        raise CheckpointError(_truncated(file, size, end))
+    tensors: dict[str, StoredTensor] = {}
+    for key, dtype, shape, first, last in entries:
+        if dtype in DTYPES and not (first >= 0 and last - first == math.prod(shape) * DTYPES[dtype].itemsize):
+            raise CheckpointError(
+                f"The header of {file} is damaged ({key!r} of shape {shape} does not fill its {last - first} bytes). "
+                "Download the file again."
+            )
+        # Other types are kept as uint8, for `_check` to name: the file may turn out to be of another model altogether.
+        tensors[key] = StoredTensor(file, key, shape, DTYPES.get(dtype, torch.uint8), 8 + length + first)
+    return tensors, metadata
+
+
+def _kind(start: bytes) -> str:
+    for magic, kind in (
+        (b"PK", " but a pickle saved by torch"),
+        (b"\x80", " but a pickle"),
+        (b"GGUF", " but a GGUF file"),
+        (b"version ", " but a git-lfs pointer; fetch the file itself with `git lfs pull`"),
+        (b"<", " but a web page"),
+    ):
+        if start.startswith(magic):
+            return kind
+    return ""
+
+
+def _truncated(file: Path, size: int, expected: int) -> str:
+    return f"{file} is truncated: {size} bytes are there of at least {expected}. Download it again."
+
+
+def _some(names: Collection[object]) -> str:
+    shown = ", ".join(str(name) for name in list(names)[:SHOWN])
+    return shown + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _transformer_folder(path: Path) -> Path:
+    """The folder that holds the weights. An official one's `transformer_ode/`, another model, is never looked into."""
+    return path / "transformer" if (path / "transformer").is_dir() else path
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one safetensors file of a folder, or all the shards that its index names."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    usual = folder / "diffusion_pytorch_model.safetensors"
+    if indices:
+        return _shards(next((x for x in indices if x.stem == f"{usual.name}.index"), indices[0]))
+    if usual in files or len(files) == 1:
+        return [usual if usual in files else files[0]]
+    if files:
+        names = _some([f.name for f in files])
+        raise CheckpointError(f"{folder} holds several files ({names}) and no index of shards. Give one of the files.")
+    if pickles := sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICKLES):
+        raise CheckpointError(
+            f"{folder} has its weights as pickles only ({_some(pickles)}), and opening one can run any code in it. "
+            "Download the .safetensors files."
+        )
+    raise CheckpointError(
+        f"{folder} holds no .safetensors file. Give a folder of a Helios repository, such as Helios-Mid."
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    where = _read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{index} has no 'weight_map' that names the shards. Download it again.")
+    for name in where.values():
+        # Lexical on purpose: a download cache links the shards to files elsewhere, an index must not point there.
+        if not isinstance(name, str) or re.search(r"[/\\:\0]", name) or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index} names {name!r}, which is no .safetensors file in its own folder. Not opened."
+            )
+    shards = [index.parent / name for name in sorted(set(where.values()))]
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {_some(missing)}. Download them."
+        )
+    return shards
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not text
+        raise CheckpointError(f"{file} is no valid JSON ({error}). Download it again.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds no JSON object. Download it again.")
+    return values
+
+
+def _refuse_foreign(path: Path, stored: Collection[str]) -> None:
+    if not any(key.endswith(HISTORY_PATCHES) for key in stored):
+        for pattern, looks_like in FOREIGN:
+            if key := next(filter(pattern.search, stored), None):
+                raise CheckpointError(f"{path} is no Helios model: {key!r} is a key of {looks_like}.")
+        raise CheckpointError(
+            f"{path} is no Helios model: none of its {len(stored)} tensors is {' or '.join(HISTORY_PATCHES)}. "
+            f"It begins with {_some(list(stored))}. Give the transformer of a Helios repository."
+        )
+    if quantised := [key for key in stored if QUANTISED.search(key)]:
+        raise CheckpointError(
+            f"{path} is quantised with scales ({_some(quantised)}), which is not supported. Use bf16 weights, or plain "
+            "fp8_e4m3fn ones made with scripts/convert_checkpoint.py."
+        )
+
+
+def _canonical(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Give the tensors the names that `HeliosTransformer` has for them."""
+    prefix = next((p for p in PREFIXES if 2 * sum(key.startswith(p) for key in stored) > len(stored)), "")
+    tensors: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(prefix)
+        if "norm_added_q" in name:  # old exports carry this unused norm
+            continue
+        for pattern, replacement in RENAMES:
+            name = pattern.sub(replacement, name)
+        if name in tensors:
+            raise CheckpointError(f"{path} holds {name!r} twice, as {tensors[name].key!r} and {key!r}. Remove one.")
+        tensors[name] = tensor
+    return tensors
+
+
+def _config(
+    path: Path, folder: Path | None, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> TransformerConfig:
+    """From the folder's config.json, else from the file's metadata, else from the shapes."""
+    source = f"metadata {CONFIG_KEY!r} of {path}"
+    try:
+        if folder is not None and (file := folder / "config.json").exists():
+            source, values = str(file), _read_json(file)
+            if (model := values.get("_class_name", "HeliosTransformer3DModel")) != "HeliosTransformer3DModel":
+                raise ValueError(f"it describes a {model}")
+        elif CONFIG_KEY in metadata:
+            values = json.loads(metadata[CONFIG_KEY])
+        else:
+            return _inferred_config(path, tensors)
+        return TransformerConfig.from_dict(values)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{source} is not the configuration of a Helios transformer: {error}.") from error
+
+
+def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> TransformerConfig:
+    """Where a tensor is missing the published size stands in, so that `_check` gets to list what is missing."""
+    usual = TransformerConfig()
+
+    def size(name: str, axis: int, default: int) -> int:
+        shape = tensors[name].shape if name in tensors else ()
+        return shape[axis] if axis < len(shape) else default
+
+    width = size("patch_embedding.weight", 0, usual.inner_dim)
+    if width % HEAD_DIM:
+        raise CheckpointError(
+            f"{path} has no configuration, and its width of {width} is no multiple of {HEAD_DIM}, the published size "
+            "of a head. Give the folder with its config.json, or make a file of it with scripts/convert_checkpoint.py."
+        )
+    t, h, w = (size("patch_embedding.weight", 2 + i, usual.patch_size[i]) for i in range(3))
+    key_scale = tensors.get("blocks.0.attn1.history_key_scale")
+    return TransformerConfig(
+        patch_size=(t, h, w),
+        num_attention_heads=width // HEAD_DIM,
+        in_channels=size("patch_embedding.weight", 1, usual.in_channels),
+        out_channels=size("proj_out.weight", 0, usual.out_channels * t * h * w) // (t * h * w),
+        text_dim=size("condition_embedder.text_embedder.linear_1.weight", 1, usual.text_dim),
+        freq_dim=size("condition_embedder.time_embedder.linear_1.weight", 1, usual.freq_dim),
+        ffn_dim=size("blocks.0.ffn.net.0.proj.weight", 0, usual.ffn_dim),
+        num_layers=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        cross_attn_norm=any(name.endswith(".norm2.weight") for name in tensors),
+        is_amplify_history=key_scale is not None,
+        history_scale_mode="scalar" if key_scale is not None and key_scale.shape == (1,) else "per_head",
+    )
+
+
+def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    expected = {k: tuple(v.shape) for k, v in HeliosTransformer(config, device="meta").state_dict().items()}
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [tensor.key for name, tensor in tensors.items() if name not in expected]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} does not fit a Helios transformer of {config.num_layers} blocks: "
+            f"{len(missing)} of {len(expected)} tensors are missing{': ' if missing else ''}{_some(missing)}; "
+            f"{len(unexpected)} are unexpected{': ' if unexpected else ''}{_some(unexpected)}. Download it again."
+        )
+    if wrong := [f"{t.key} {t.shape} for {expected[k]}" for k, t in tensors.items() if t.shape != expected[k]]:
+        raise CheckpointError(
+            f"{path} has {len(wrong)} tensors of another shape than its configuration says: {_some(wrong)}. "
+            "Take config.json and weights from the same repository."
+        )
+    if unreadable := [t.key for t in tensors.values() if t.dtype not in DTYPES.values()]:
+        raise CheckpointError(
+            f"{path} stores {len(unreadable)} tensors in a type that is none of {_some(DTYPES)}: {_some(unreadable)}. "
+            "Quantised weights are not supported; use bf16 or plain fp8_e4m3fn ones."
+        )
+
+
+def _variant(path: Path, metadata: Mapping[str, str]) -> Variant | None:
+    if (variant := metadata.get(VARIANT_KEY)) is not None:
+        if variant not in get_args(Variant):
+            raise CheckpointError(
+                f"{path} says in its metadata that it is {variant!r}, which is none of {_some(get_args(Variant))}. "
+                "Convert it again with scripts/convert_checkpoint.py."
+            )
+        return cast(Variant, variant)
+    index, scheduler = (path / name for name in ("model_index.json", "scheduler/scheduler_config.json"))
+    pipeline = _read_json(index) if index.exists() else {}
+    schedule = _read_json(scheduler) if scheduler.exists() else {}
+    if not pipeline and not schedule:
+        return None
+    if pipeline.get("is_distilled") or schedule.get("_class_name") == "HeliosDMDScheduler":
+        return "distilled"
+    if pipeline.get("_class_name") == "HeliosPyramidPipeline" or schedule.get("stages") == 3:
+        return "mid"
+    return "base"

@@ -1,0 +1,74 @@
+"""What a Helios checkpoint is: the transformer's shape and the three published variants."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Variant = Literal["base", "mid", "distilled"]
+
+LATENT_CHANNELS = 16
+CHUNK_LATENTS = 9  # latent frames that are denoised together
+CHUNK_FRAMES = 33  # pixel frames they decode to: (9 - 1) * 4 + 1
+SPATIAL_SCALE = 8  # pixels a latent, in height and width
+HISTORY_SIZES = (16, 2, 1)  # latent frames of long, mid and short history
+FRAME_RATE = 24
+NATIVE_HEIGHT, NATIVE_WIDTH = 384, 640  # the only size the weights were trained at
+
+
+def num_chunks(frames: int) -> int:
+    """Chunks that cover this many pixel frames (rounded up, as the reference does)."""
+    if frames < 1:
+        raise ValueError(f"A video needs at least 1 frame, got {frames}.")
+    return math.ceil(frames / CHUNK_FRAMES)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of `HeliosTransformer`; the fields and defaults of the published `transformer/config.json`."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = LATENT_CHANNELS
+    out_channels: int = LATENT_CHANNELS
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_dim: tuple[int, int, int] = (44, 42, 42)
+    rope_theta: float = 10000.0
+    guidance_cross_attn: bool = True
+    zero_history_timestep: bool = True
+    has_multi_term_memory_patch: bool = True
+    is_amplify_history: bool = False
+    history_scale_mode: Literal["scalar", "per_head"] = "per_head"
+
+    def __post_init__(self) -> None:
+        if sum(self.rope_dim) != self.attention_head_dim or any(axis % 2 for axis in self.rope_dim):
+            raise ValueError(
+                f"rope_dim {self.rope_dim} must be three even numbers that add up to "
+                f"attention_head_dim {self.attention_head_dim}."
+            )
+        if not self.has_multi_term_memory_patch:
+            raise ValueError("has_multi_term_memory_patch is false: such a checkpoint has no history, it is no Helios.")
+        if self.history_scale_mode not in ("scalar", "per_head"):
+            raise ValueError(f"history_scale_mode must be 'scalar' or 'per_head', got {self.history_scale_mode!r}.")
+
+    @property
+    def inner_dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
+        """Read a `config.json`; keys that are not ours (`_class_name`, ...) are left out."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,118 @@
+"""The chunk loop: a video of any length, nine latent frames at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .config import CHUNK_LATENTS, SPATIAL_SCALE
+from .history import History, Memory
+from .pyramid import halve, renoise
+from .schedule import Schedule, Stage, stages
+from .solver import dmd_step, euler_step, to_x0, unipc_step
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step that was taken."""
+
+    chunk: int
+    stage: int
+    index: int  # in its stage
+    latents: Tensor  # (B, 16, 9, h, w) that the network was given
+    flow: Tensor
+    sigma: float
+    result: Tensor  # the latents after the step
+
+    def preview(self) -> Tensor:
+        """Clean latents as the network sees them coming, (B, 16, 9, h, w)."""
+        return to_x0(self.latents, self.flow, self.sigma)
+
+
+PredictFlow = Callable[[Tensor, float, float], Tensor]
+"""(latents (B, 16, 9, h, w), timestep in 0..1000, sigma of the stage) -> guided flow, shaped as the latents."""
+
+BindChunk = Callable[[int, History], PredictFlow]
+"""(index of the chunk in its video, its history) -> how to predict within that chunk."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished piece of video and all that is needed to go on after it."""
+
+    index: int
+    latents: Tensor  # (B, 16, 9, H, W), normalised
+    memory: Memory  # with this chunk in it
+
+
+def generate(
+    bind: BindChunk,
+    schedule: Schedule,
+    memory: Memory,
+    chunks: int,
+    rng: torch.Generator,
+    *,
+    first_index: int = 0,
+    skip_first_chunk: bool = False,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Iterator[Chunk]:
+    """Denoise `chunks` chunks that follow on memory, yielding each as soon as it is clean.
+
+    Runs on the device of memory.latents; random numbers come from rng, on its own device, in the reference's order.
+    first_index is the number of chunks this video already has: amplification is for chunk 0 alone. skip_first_chunk
+    takes the second chunk's first latent frame for the anchor, a cure for image-to-video that starts static.
+    """
+    b, channels, _, height, width = memory.latents.shape
+    schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
+    for index in range(first_index, first_index + chunks):
+        noise = torch.randn((b, channels, CHUNK_LATENTS, height, width), generator=rng, device=rng.device)
+        latents = denoise_chunk(
+            bind(index, memory.history()), schedule, noise.to(memory.latents.device), rng, index, on_step
+        )
+        memory = memory.push(latents, reanchor=skip_first_chunk and index == 1)
+        yield Chunk(index, latents, memory)
+
+
+def denoise_chunk(
+    predict_flow: PredictFlow,
+    schedule: Schedule,
+    noise: Tensor,
+    rng: torch.Generator,
+    index: int,
+    on_step: Callable[[Step], None],
+) -> Tensor:
+    """Take noise (B, 16, 9, H, W) through all stages of chunk `index`; returns clean latents of the same shape."""
+    plan = stages(schedule, noise.shape[-2], noise.shape[-1], first_chunk=index == 0)
+    latents = noise
+    for _ in plan[1:]:
+        latents = halve(latents)
+    for number, stage in enumerate(plan):
+        if stage.renoise:
+            latents = renoise(latents, *stage.renoise, schedule.gamma, rng)
+        for step in denoise_stage(predict_flow, schedule, stage, number, latents):
+            on_step(replace(step, chunk=index))
+            latents = step.result
+    return latents
+
+
+def denoise_stage(
+    predict_flow: PredictFlow, schedule: Schedule, stage: Stage, number: int, start: Tensor
+) -> Iterator[Step]:
+    """All steps of one pyramid level, from its starting point (B, 16, 9, h, w)."""
+    # In the pyramid the network knows whole timesteps only; the reference truncates.
+    timesteps = (stage.timesteps.trunc() if schedule.is_pyramid else stage.timesteps).tolist()
+    sigmas = stage.sigmas.tolist()
+    latents, state = start, None
+    for i, (timestep, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
+        flow = torch.zeros_like(latents) if schedule.zero_flow(number, i) else predict_flow(latents, timestep, sigma)
+        if schedule.solver == "dmd":
+            result = dmd_step(latents, flow, sigma, sigma_next, start)
+        elif schedule.solver == "euler":
+            result = euler_step(latents, flow, sigma, sigma_next)
+        else:
+            result, state = unipc_step(state, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
+        yield Step(0, number, i, latents, flow, sigma, result)
+        latents = result

@@ -1,0 +1,99 @@
+"""Unified history injection: what earlier chunks leave behind, and how a chunk gets to see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .config import CHUNK_LATENTS, HISTORY_SIZES, LATENT_CHANNELS
+
+
+@dataclass(frozen=True)
+class FrameIndices:
+    """Positions in time of a chunk and of its history, relative to the window: the same for every chunk."""
+
+    long: tuple[int, ...]
+    mid: tuple[int, ...]
+    short: tuple[int, ...]
+    noisy: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HistoryLayout:
+    """How many latent frames each term of the memory holds, oldest first, and whether a first-frame anchor leads it."""
+
+    sizes: tuple[int, int, int] = HISTORY_SIZES
+    keep_first_frame: bool = True
+    chunk: int = CHUNK_LATENTS
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != 3 or min(self.sizes) < 1 or self.chunk < 1:
+            raise ValueError(f"History sizes must be three numbers from 1 (long, mid, short), got {self.sizes}.")
+
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """Latent frames taken from the past for long, mid and short; without the anchor, short takes its place."""
+        long, mid, short = self.sizes
+        return long, mid, short if self.keep_first_frame else short + 1
+
+    @property
+    def frames(self) -> int:
+        return sum(self.split)
+
+    @property
+    def indices(self) -> FrameIndices:
+        anchor = 1 if self.keep_first_frame else 0
+        numbers = iter(range(anchor + self.frames + self.chunk))
+        first = [next(numbers) for _ in range(anchor)]
+        long, mid, short, noisy = ([next(numbers) for _ in range(n)] for n in (*self.split, self.chunk))
+        return FrameIndices(tuple(long), tuple(mid), tuple(first + short), tuple(noisy))
+
+
+@dataclass(frozen=True)
+class History:
+    """What the network is shown beside a chunk; full latent resolution in every pyramid stage."""
+
+    long: Tensor  # (B, 16, 16, H, W)
+    mid: Tensor  # (B, 16, 2, H, W)
+    short: Tensor  # (B, 16, 2, H, W): anchor and last frame
+    indices: FrameIndices
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Clean latents of the past, in normalised latent space; its size does not depend on the video's length."""
+
+    latents: Tensor  # (B, 16, layout.frames, H, W), oldest first, zeros where there is no past
+    anchor: Tensor | None = None  # (B, 16, 1, H, W); None until the first chunk has set it
+    layout: HistoryLayout = HistoryLayout()
+
+    @classmethod
+    def empty(cls, batch: int, height: int, width: int, layout: HistoryLayout | None = None) -> Memory:
+        """No past at all: text-to-video. height and width are in latents."""
+        layout = layout or HistoryLayout()
+        return cls(torch.zeros(batch, LATENT_CHANNELS, layout.frames, height, width), None, layout)
+
+    def to(self, *args, **kwargs) -> Memory:
+        anchor = self.anchor if self.anchor is None else self.anchor.to(*args, **kwargs)
+        return replace(self, latents=self.latents.to(*args, **kwargs), anchor=anchor)
+
+    def history(self) -> History:
+        """The window for the next chunk."""
+        long, mid, short = self.latents.split(self.layout.split, dim=2)
+        if self.layout.keep_first_frame:
+            anchor = torch.zeros_like(short[:, :, :1]) if self.anchor is None else self.anchor
+            short = torch.cat([anchor, short], dim=2)
+        return History(long, mid, short, self.layout.indices)
+
+    def push(self, latents: Tensor, reanchor: bool = False) -> Memory:
+        """Remember a finished chunk (B, 16, 9, H, W) and forget what falls out of the window.
+
+        The first chunk of a video that has no anchor yet provides it; `reanchor` replaces the one there is.
+        """
+        past = torch.cat([self.latents, latents.to(self.latents.dtype)], dim=2)[:, :, -self.layout.frames :]
+        anchor = self.anchor
+        if self.layout.keep_first_frame and (anchor is None or reanchor):
+            anchor = latents[:, :, :1].to(self.latents.dtype)
+        return replace(self, latents=past.contiguous(), anchor=anchor)

@@ -1,0 +1,233 @@
+"""The transformer's parts. Parameter names are those of the published (diffusers) checkpoints.
+
+Every layer that owns weights comes from `operations`, a namespace like `torch.nn`: a host passes its own to stream,
+cast, quantise or patch weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+from .config import TransformerConfig
+from .rope import apply_rope
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+HISTORY_KEY_SCALE_MAX = 10.0
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Where layers come from and the dtype each kind of weight is stored in.
+
+    Time embedder, modulation tables and layer norms are always float32. With float8, that type is for the matrices of
+    the blocks alone: a bias or a norm stored in it would cost quality and save nothing.
+    """
+
+    operations: Any
+    dtype: torch.dtype
+    device: torch.device | str | None
+
+    @property
+    def edge_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype in FLOAT8 else self.dtype
+
+    def block_linear(self, inputs: int, outputs: int) -> nn.Linear:
+        layer = self.operations.Linear(inputs, outputs, dtype=self.dtype, device=self.device)
+        if self.edge_dtype != self.dtype:
+            bias = torch.empty(outputs, dtype=self.edge_dtype, device=self.device)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    def linear(self, inputs: int, outputs: int, dtype: torch.dtype | None = None) -> nn.Linear:
+        return self.operations.Linear(inputs, outputs, dtype=dtype or self.edge_dtype, device=self.device)
+
+    def patch_embedding(self, channels: int, width: int, kernel: tuple[int, int, int]) -> nn.Conv3d:
+        return self.operations.Conv3d(
+            channels, width, kernel_size=kernel, stride=kernel, dtype=self.edge_dtype, device=self.device
+        )
+
+    def rms_norm(self, width: int, eps: float) -> nn.Module:
+        dtype = torch.float32 if self.dtype in FLOAT8 else self.dtype
+        return self.operations.RMSNorm(width, eps=eps, elementwise_affine=True, dtype=dtype, device=self.device)
+
+    def layer_norm(self, width: int, eps: float) -> nn.LayerNorm:
+        return self.operations.LayerNorm(width, eps=eps, dtype=torch.float32, device=self.device)
+
+    def table(self, *shape: int) -> nn.Parameter:
+        values = torch.randn(shape, device=self.device) / math.sqrt(shape[-1])
+        return nn.Parameter(values, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What the time embedding does to tokens: one row for the history, at timestep 0, and one for the noisy tokens."""
+
+    history: Tensor  # (B or 1, rows, D)
+    noisy: Tensor  # (B, rows, D)
+    history_tokens: int
+
+    def chunk(self, table: Tensor, rows: int) -> list[Modulation]:
+        """Add a layer's own table (1, rows, D) in float32 and part the rows: `rows` modulations of one row each."""
+        table = table.to(device=self.noisy.device, dtype=torch.float32)
+        history, noisy = (x.float().add(table).split(1, dim=1) for x in (self.history, self.noisy))
+        return [Modulation(history[i], noisy[i], self.history_tokens) for i in range(rows)]
+
+    def apply(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x, row) on the history tokens and on the noisy tokens of x (B, S, D)."""
+        history, noisy = x[:, : self.history_tokens], x[:, self.history_tokens :]
+        return torch.cat([function(history, self.history), function(noisy, self.noisy)], dim=1)
+
+
+def modulated_norm(x: Tensor, shift: Modulation, scale: Modulation, eps: float) -> Tensor:
+    """LayerNorm in float32 without weights, then x * (1 + scale) + shift; (B, S, D) in x's dtype."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    normed = scale.apply(lambda part, row: part * (1 + row), normed)
+    return shift.apply(torch.add, normed).to(x.dtype)
+
+
+def gated_residual(x: Tensor, update: Tensor, gate: Modulation) -> Tensor:
+    """x + update * gate, summed in float32; (B, S, D) in x's dtype."""
+    return (x.float() + gate.apply(torch.mul, update)).to(x.dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoid (cosines first) and a two-layer perceptron, all float32."""
+
+    def __init__(self, freq_dim: int, width: int, build: Builder):
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.linear_1 = build.linear(freq_dim, width, dtype=torch.float32)
+        self.linear_2 = build.linear(width, width, dtype=torch.float32)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(N,) in train-step units, 0..1000 -> (N, D) float32."""
+        half = self.freq_dim // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+        angles = timestep.float()[:, None] * exponent.exp()
+        return self.linear_2(F.silu(self.linear_1(torch.cat([angles.cos(), angles.sin()], dim=-1))))
+
+
+class TextProjection(nn.Module):
+    def __init__(self, text_dim: int, width: int, build: Builder):
+        super().__init__()
+        self.linear_1 = build.linear(text_dim, width)
+        self.linear_2 = build.linear(width, width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """(B, L, text_dim) -> (B, L, D)"""
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and text, as the blocks want them."""
+
+    def __init__(self, config: TransformerConfig, build: Builder):
+        super().__init__()
+        width = config.inner_dim
+        self.time_embedder = TimestepEmbedding(config.freq_dim, width, build)
+        self.time_proj = build.linear(width, 6 * width)
+        self.text_embedder = TextProjection(config.text_dim, width, build)
+
+    def time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(N,) -> embedding (N, 1, D) for the head and its projection (N, 6, D) for the blocks, in dtype."""
+        embedding = self.time_embedder(timestep).to(dtype)
+        return embedding.unsqueeze(1), self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, build: Builder):
+        super().__init__()
+        gelu = nn.Module()
+        gelu.proj = build.block_linear(width, hidden)
+        # The published names are net.0.proj and net.2; net.1 was a dropout.
+        self.net = nn.ModuleList([gelu, nn.Identity(), build.block_linear(hidden, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+class SelfOrCrossAttention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys (over the full width, before the split into heads)."""
+
+    def __init__(self, config: TransformerConfig, build: Builder, amplify_history: bool = False):
+        super().__init__()
+        width = config.inner_dim
+        self.heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (build.block_linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([build.block_linear(width, width)])
+        self.norm_q, self.norm_k = (build.rms_norm(width, config.eps) for _ in range(2))
+        if amplify_history:
+            scales = 1 if config.history_scale_mode == "scalar" else self.heads
+            self.history_key_scale = nn.Parameter(torch.ones(scales, device=build.device), requires_grad=False)
+        else:
+            self.history_key_scale = None
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def forward(
+        self, x: Tensor, source: Tensor, attend: Attention, rope: Tensor | None = None, history_tokens: int = 0
+    ) -> Tensor:
+        """x (B, S, D) attends to source (B, L, D); rope (2, S, head_dim / 2) is for self-attention."""
+        query = self.split_heads(self.norm_q(self.to_q(x)))
+        key = self.split_heads(self.norm_k(self.to_k(source)))
+        value = self.split_heads(self.to_v(source))
+        if rope is not None:
+            query, key = apply_rope(query, rope), apply_rope(key, rope)
+        if self.history_key_scale is not None:
+            scale = torch.sigmoid(self.history_key_scale.to(device=key.device, dtype=torch.float32))
+            scale = 1 + scale * (HISTORY_KEY_SCALE_MAX - 1)
+            history = (key[:, :history_tokens] * scale.view(1, 1, -1, 1)).to(key.dtype)
+            key = torch.cat([history, key[:, history_tokens:]], dim=1)
+        return self.to_out[0](attend(query, key, value))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig, build: Builder):
+        super().__init__()
+        self.eps = config.eps
+        self.cross_attend_history = not config.guidance_cross_attn
+        self.attn1 = SelfOrCrossAttention(config, build, amplify_history=config.is_amplify_history)
+        self.attn2 = SelfOrCrossAttention(config, build)
+        self.norm2 = build.layer_norm(config.inner_dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(config.inner_dim, config.ffn_dim, build)
+        self.scale_shift_table = build.table(1, 6, config.inner_dim)
+
+    def forward(self, x: Tensor, text: Tensor, time: Modulation, rope: Tensor, attend: Attention) -> Tensor:
+        """x (B, S, D) in the order [history | noisy], text (B, L, D), time of 6 rows -> (B, S, D)."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.chunk(self.scale_shift_table, 6)
+        history_tokens = time.history_tokens
+
+        normed = modulated_norm(x, shift, scale, self.eps)
+        x = gated_residual(x, self.attn1(normed, normed, attend, rope, history_tokens), gate)
+
+        start = 0 if self.cross_attend_history else history_tokens
+        target = x[:, start:]
+        update = self.attn2(self.norm2(target.float()).to(x.dtype), text, attend)
+        x = torch.cat([x[:, :start], target + update], dim=1)
+
+        normed = modulated_norm(x, ffn_shift, ffn_scale, self.eps)
+        return gated_residual(x, self.ffn(normed), ffn_gate)
+
+
+class OutputNorm(nn.Module):
+    """LayerNorm and modulation of the noisy tokens."""
+
+    def __init__(self, config: TransformerConfig, build: Builder):
+        super().__init__()
+        self.eps = config.eps
+        self.scale_shift_table = build.table(1, 2, config.inner_dim)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, N, D), embedding (B, 1, D) -> (B, N, D)"""
+        table = self.scale_shift_table.to(device=x.device, dtype=torch.float32)
+        shift, scale = (table + embedding).split(1, dim=1)
+        return (F.layer_norm(x.float(), x.shape[-1:], eps=self.eps) * (1 + scale) + shift).to(x.dtype)

@@ -1,0 +1,226 @@
+"""Sigmas and timesteps of the three variants. All of it is float64 on the CPU, and pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import CHUNK_LATENTS, SPATIAL_SCALE, Variant
+
+Solver = Literal["unipc", "euler", "dmd"]
+Guidance = Literal["cfg", "cfg_zero_star"]
+TimeShift = Literal["exponential", "linear"]
+ShiftLevel = Literal["stage", "stage_below"]
+
+SIGMA_MAX = 0.999
+TRAIN_STEPS = 1000
+PATCH = 2  # a token covers 1 x 2 x 2 latents
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a video is denoised: everything about sampling that is a property of the variant, not of the graph.
+
+    More than one entry in `steps` makes a pyramid, lowest resolution first. A guidance_scale up to 1 is no guidance.
+    """
+
+    variant: Variant
+    steps: tuple[int, ...]
+    solver: Solver
+    time_shift: TimeShift | None
+    guidance_scale: float = 1.0
+    guidance: Guidance = "cfg"
+    zero_init: bool = False  # CFG-Zero*: predict no flow at all in the first `zero_steps` + 1 steps of stage 0
+    zero_steps: int = 1
+    amplify_first_chunk: bool = False  # twice the steps in every stage of a video's first chunk
+    # The level whose tokens set a stage's shift. Training and the authors' own inference take the stage's; diffusers
+    # (0.42.1) asks before it has upsampled, and so takes the stage below's.
+    shift_level: ShiftLevel = "stage"
+    stage_range: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
+    gamma: float = 1 / 3
+    shift_tokens: tuple[int, int] = (256, 4096)
+    shift_mu: tuple[float, float] = (0.5, 1.15)
+
+    def __post_init__(self) -> None:
+        if not self.steps or any(steps < 1 for steps in self.steps):
+            raise ValueError(f"Every stage needs at least 1 step, got {self.steps}.")
+        if len(self.steps) > 1 and len(self.steps) != len(self.stage_range) - 1:
+            raise ValueError(
+                f"{len(self.steps)} stages of steps {self.steps} do not fit the {len(self.stage_range) - 1} stages of "
+                f"the pyramid's range {self.stage_range}."
+            )
+        if self.solver == "dmd" and len(self.steps) == 1:
+            raise ValueError("The DMD solver re-noises within the stages of a pyramid; give steps for each stage.")
+        if self.amplify_first_chunk and self.solver != "dmd":
+            raise ValueError("Only the Distilled schedule (solver 'dmd') can amplify the first chunk.")
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @property
+    def is_pyramid(self) -> bool:
+        return len(self.steps) > 1
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that height and width must be multiples of: the lowest stage still has whole 2 x 2 patches."""
+        return SPATIAL_SCALE * PATCH * 2 ** (len(self.steps) - 1)
+
+    def steps_in_chunk(self, index: int) -> int:
+        """Network steps of the chunk with this index in its video."""
+        return sum(self.steps) * (2 if self.amplify_first_chunk and index == 0 else 1)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for a pixel size this schedule cannot make, naming the nearest that it can."""
+        multiple = self.size_multiple
+        if height % multiple or width % multiple or height < multiple or width < multiple:
+            good = [max(multiple, round(size / multiple) * multiple) for size in (width, height)]
+            raise ValueError(
+                f"{width}x{height} is no size the {self.variant} schedule can make: width and height must be "
+                f"multiples of {multiple}. The nearest that works is {good[0]}x{good[1]}."
+            )
+
+    def zero_flow(self, stage: int, step: int) -> bool:
+        """Whether CFG-Zero* replaces the flow of this step by zeros."""
+        return self.guided and self.guidance == "cfg_zero_star" and self.zero_init and stage == 0 and (
+            step <= self.zero_steps
+        )
+
+
+BASE = Schedule("base", (50,), "unipc", "exponential", guidance_scale=5.0)
+MID = Schedule(
+    "mid", (20, 20, 20), "unipc", "exponential", guidance_scale=5.0, guidance="cfg_zero_star", zero_init=True
+)
+DISTILLED = Schedule("distilled", (2, 2, 2), "dmd", "linear", amplify_first_chunk=True)
+PRESETS: dict[Variant, Schedule] = {"base": BASE, "mid": MID, "distilled": DISTILLED}
+
+
+def schedule_from_config(variant: Variant, scheduler: Mapping[str, Any], model_index: Mapping[str, Any]) -> Schedule:
+    """The variant's preset, corrected by a repository's `scheduler_config.json` and `model_index.json`."""
+    preset = PRESETS[variant]
+    train_steps = scheduler.get("num_train_timesteps", TRAIN_STEPS)
+    if train_steps != TRAIN_STEPS or scheduler.get("shift", 1.0) != 1.0:
+        raise ValueError(
+            f"scheduler_config.json has num_train_timesteps {train_steps} and shift {scheduler.get('shift')}; "
+            f"only {TRAIN_STEPS} and 1.0 are known."
+        )
+    time_shift = scheduler.get("time_shift_type", preset.time_shift or "exponential")
+    changes: dict[str, Any] = {
+        "time_shift": time_shift if scheduler.get("use_dynamic_shifting", preset.time_shift is not None) else None,
+        "gamma": scheduler.get("gamma", preset.gamma),
+        "stage_range": tuple(scheduler.get("stage_range", preset.stage_range)),
+        "shift_tokens": (
+            scheduler.get("base_image_seq_len", preset.shift_tokens[0]),
+            scheduler.get("max_image_seq_len", preset.shift_tokens[1]),
+        ),
+        "shift_mu": (
+            scheduler.get("base_shift", preset.shift_mu[0]),
+            scheduler.get("max_shift", preset.shift_mu[1]),
+        ),
+    }
+    if preset.solver != "dmd":
+        changes["solver"] = scheduler.get("scheduler_type", preset.solver)
+        zero_star = model_index.get("is_cfg_zero_star", preset.guidance == "cfg_zero_star")
+        changes["guidance"] = "cfg_zero_star" if zero_star else "cfg"
+    return replace(preset, **changes)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pyramid level: the steps it takes and how it is entered."""
+
+    timesteps: Tensor  # (N,) float64 in train-step units, descending
+    sigmas: Tensor  # (N + 1,) float64, ends in 0
+    renoise: tuple[float, float] | None  # (alpha, beta) on entry from the level below; None for the first stage
+
+
+def dynamic_shift_mu(tokens: int, schedule: Schedule) -> float:
+    """Linear in the number of tokens of the stage, and extrapolated beyond both ends."""
+    (low, high), (mu_low, mu_high) = schedule.shift_tokens, schedule.shift_mu
+    slope = (mu_high - mu_low) / (high - low)
+    return tokens * slope + (mu_low - slope * low)
+
+
+def shift_time(sigmas: Tensor, kind: TimeShift | None, mu: float) -> Tensor:
+    """Move sigmas (N,) towards 1 by mu; 0 stays 0."""
+    if kind is None:
+        return sigmas
+    weight = math.exp(mu) if kind == "exponential" else mu
+    return weight / (weight + (1 / sigmas - 1))
+
+
+def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tuple[Stage, ...]:
+    """Resolve a schedule for chunks of 9 latent frames; height and width are the latents' at full resolution."""
+    count = len(schedule.steps)
+    result = []
+    for index, steps in enumerate(schedule.steps):
+        level = max(0, index - 1) if schedule.shift_level == "stage_below" else index
+        scale = 2 ** (count - 1 - level)
+        tokens = CHUNK_LATENTS * (height // scale) * (width // scale) // (PATCH * PATCH)
+        if schedule.solver == "dmd":
+            # The distilled model was trained on grids of one step more, without the last but one sigma.
+            amplified = schedule.amplify_first_chunk and first_chunk
+            grid = np.linspace(SIGMA_MAX, _last_sigma(), steps * (2 if amplified else 1) + 1)[:-1]
+        elif schedule.is_pyramid:
+            grid = np.linspace(SIGMA_MAX, _last_sigma(), steps)
+        else:
+            grid = np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
+        sigmas = torch.cat([torch.from_numpy(grid), torch.zeros(1, dtype=torch.float64)])
+        sigmas = shift_time(sigmas, schedule.time_shift, dynamic_shift_mu(tokens, schedule))
+        if schedule.is_pyramid:
+            low, high = _timestep_range(schedule, index)
+            timesteps = low + sigmas[:-1] * (high - low)
+        else:
+            timesteps = sigmas[:-1] * TRAIN_STEPS
+        result.append(Stage(timesteps, sigmas, _renoise(schedule, index) if index else None))
+    return tuple(result)
+
+
+def _last_sigma() -> float:
+    """The last point before 0 of a stage's 1000 sigmas."""
+    return float(np.linspace(SIGMA_MAX, 0, TRAIN_STEPS + 1)[-2])
+
+
+def _global_sigmas() -> np.ndarray:
+    """The training grid (1000,), from 0.999 down to 0."""
+    return np.flip(1.0 - np.linspace(1, 1 / TRAIN_STEPS, TRAIN_STEPS + 1))[:-1]
+
+
+def _stage_start(schedule: Schedule, index: int) -> float:
+    """Sigma of the training grid where a stage begins."""
+    return float(_global_sigmas()[int(schedule.stage_range[index] * TRAIN_STEPS)])
+
+
+def _renoise(schedule: Schedule, index: int) -> tuple[float, float]:
+    """Weights of the doubled latents and of the block noise at a stage's start (pyramidal flow matching, eq. 15)."""
+    sigma = _stage_start(schedule, index)
+    alpha = 1 / (math.sqrt(1 + 1 / schedule.gamma) * sigma + (1 - sigma))
+    return alpha, alpha * sigma / math.sqrt(schedule.gamma)
+
+
+def _timestep_range(schedule: Schedule, index: int) -> tuple[float, float]:
+    """Lowest and highest timestep of a stage: the stages share 1000 by the distance in sigma that each covers."""
+    count = len(schedule.stage_range) - 1
+    distances = []
+    for i in range(count):
+        start = _stage_start(schedule, i)
+        end = _stage_start(schedule, i + 1) if i + 1 < count else 0.0
+        if i:  # a stage starts noisier than the one below ended: renoising lowers the share of signal by alpha
+            start = 1 - (1 - start) * _renoise(schedule, i)[0]
+        distances.append(start - end)
+    total = sum(distances)
+    first = sum(distances[:index]) / total
+    last = sum(distances[: index + 1]) / total if index + 1 < count else 0.9999999999999999
+
+    timesteps = _global_sigmas() * TRAIN_STEPS
+    high = min(float(timesteps[int(first * TRAIN_STEPS)]), 999.0)
+    low = float(timesteps[min(int(last * TRAIN_STEPS), TRAIN_STEPS - 1)])
+    inner = np.linspace(high, low, TRAIN_STEPS + 1)[:-1]
+    return float(inner.min()), float(inner.max())

@@ -1,0 +1,92 @@
+"""The reference that our numbers are compared with: diffusers' Helios on small, loud random weights."""
+
+import inspect
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    HeliosDMDScheduler,
+    HeliosPipeline,
+    HeliosPyramidPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
+)
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "rope_dim": (8, 8, 8),
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+}
+
+
+def make_loud(module, seed, gain=1.0):
+    """Random weights of a scale at which every part of a network tells in its output."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(module.named_parameters()):
+            noise = torch.randn(p.shape, generator=rng)
+            if p.ndim > 1 and "table" not in name:
+                p.copy_(noise * gain / p[0].numel() ** 0.5)
+            elif "norm" in name and name.endswith("weight"):
+                p.copy_(1 + 0.3 * noise)
+            else:
+                p.copy_(0.5 * noise)
+    return module.eval().requires_grad_(False)
+
+
+def transformer(seed=0, **config):
+    model = make_loud(HeliosTransformer3DModel(**{**TINY, **config}), seed)
+    # At 64x64 the first stage has one token a frame, and the pipeline's `view` then fails on the output's strides.
+    model.register_forward_hook(lambda module, args, output: tuple(x.contiguous() for x in output))
+    return model
+
+
+def schedulers(variant):
+    if variant == "distilled":
+        return HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear")
+    stages = {"base": 1, "mid": 3}[variant]
+    return HeliosScheduler(stages=stages, use_dynamic_shifting=True, time_shift_type="exponential")
+
+
+def pipeline(variant, model, scheduler=None):
+    """A reference pipeline without a text encoder; its VAE is there because it insists on decoding."""
+    vae = AutoencoderKLWan(base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval().requires_grad_(False)
+    parts = {
+        "tokenizer": None,
+        "text_encoder": None,
+        "vae": vae,
+        "scheduler": scheduler or schedulers(variant),
+        "transformer": model,
+    }
+    if variant == "base":
+        pipe = HeliosPipeline(**parts)
+    else:
+        flags = {"is_cfg_zero_star": variant == "mid", "is_distilled": variant == "distilled"}
+        known = inspect.signature(HeliosPyramidPipeline.__init__).parameters
+        pipe = HeliosPyramidPipeline(**parts, **{k: v for k, v in flags.items() if k in known})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompts(seed=0, batch=1, dim=32, length=12):
+    rng = torch.Generator().manual_seed(1000 + seed)
+    return torch.randn(2, batch, length, dim, generator=rng).unbind(0)
+
+
+def run(pipe, positive, negative, *, size=(64, 64), frames=99, seed=0, guidance_scale=1.0, **kwargs):
+    """Latents of a whole video, (B, 16, 9k, H, W), normalised."""
+    return pipe(
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        height=size[0],
+        width=size[1],
+        num_frames=frames,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **kwargs,
+    ).frames
