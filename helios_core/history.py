@@ -79,6 +79,11 @@ class Memory:
         anchor = self.anchor if self.anchor is None else self.anchor.to(*args, **kwargs)
         return replace(self, latents=self.latents.to(*args, **kwargs), anchor=anchor)
 
+    def expand(self, batch: int) -> Memory:
+        """One past for every item of a batch."""
+        anchor = self.anchor if self.anchor is None else self.anchor.expand(batch, -1, -1, -1, -1)
+        return replace(self, latents=self.latents.expand(batch, -1, -1, -1, -1), anchor=anchor)
+
     def history(self) -> History:
         """The window for the next chunk."""
         long, mid, short = self.latents.split(self.layout.split, dim=2)

@@ -1,0 +1,13 @@
+"""The nodes, in the order a graph uses them."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import decode, history, load, sample, schedule, text
+
+
+class HeliosExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        modules = (load, text, history, schedule, sample, decode)
+        return [node for module in modules for node in module.NODES]

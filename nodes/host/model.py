@@ -1,0 +1,229 @@
+"""Helios as a native MODEL: the core's transformer inside the host's BaseModel and ModelPatcher."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...helios_core.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from ...helios_core.config import TransformerConfig, Variant
+from ...helios_core.history import History, HistoryLayout
+from ...helios_core.layers import FLOAT8, Block, Modulation
+from ...helios_core.transformer import HeliosTransformer
+
+log = logging.getLogger(__name__)
+
+DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
+DTYPE_CHOICES: tuple[DtypeChoice, ...] = get_args(DtypeChoice)
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+SUPPORTED_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+class HeliosNetwork(HeliosTransformer):
+    """The core's transformer with the host's calling convention, attention backends, wrappers and block patches."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype, device: Any = None, operations: Any = None, **_):
+        super().__init__(config, dtype=dtype, device=device, operations=operations)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = dict(transformer_options or {})
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
+        )
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._predict, self, wrappers)
+        return executor.execute(x, timestep, context, control, options, **kwargs)
+
+    def _predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        control: Any,
+        transformer_options: dict[str, Any],
+        *,
+        history_long: Tensor | None = None,
+        history_mid: Tensor | None = None,
+        history_short: Tensor | None = None,
+        history_layout: HistoryLayout | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if history_long is None or history_mid is None or history_short is None or history_layout is None:
+            raise ValueError(
+                "A Helios model got no history. It cannot be sampled with KSampler: use Helios Chunked Sampler."
+            )
+        history = History(history_long, history_mid, history_short, history_layout.indices)
+        transformer_options["total_blocks"] = len(self.blocks)
+        transformer_options["block_type"] = "double"
+        replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return comfy.ldm.modules.attention.optimized_attention(
+                query.flatten(2),
+                key.flatten(2),
+                value.flatten(2),
+                heads=query.shape[2],
+                transformer_options=transformer_options,
+            )
+
+        def run_block(i: int, block: Block, x: Tensor, text: Tensor, time: Modulation, rope: Tensor) -> Tensor:
+            transformer_options["block_index"] = i
+            replacement = replacements.get(("double_block", i))
+            if replacement is None:
+                return block(x, text, time, rope, attend)
+
+            def original(args: dict[str, Any]) -> dict[str, Any]:
+                return {"img": block(args["img"], args["txt"], args["vec"], args["pe"], attend)}
+
+            args = {"img": x, "txt": text, "vec": time, "pe": rope, "transformer_options": transformer_options}
+            return replacement(args, {"original_block": original})["img"]
+
+        return super().forward(x, timestep, context, history, attend, run_block)
+
+
+class FlowSampling(torch.nn.Module):
+    """A model_sampling that hands latents, timestep and flow through: the core's solvers do the rest.
+
+    Sigmas are in the unit that is passed as timestep, 0..1000, so that a conditioning's timestep range is found.
+    """
+
+    sigma_min, sigma_max = 0.0, 1000.0
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        return timestep
+
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_output
+
+    def percent_to_sigma(self, percent: float) -> float:
+        return self.sigma_max * (1.0 - min(max(percent, 0.0), 1.0))
+
+
+class HeliosModel(comfy.model_base.BaseModel):
+    """What MODEL sockets carry. `variant` is what the checkpoint says of itself, if it does."""
+
+    variant: Variant | None = None
+
+    def __init__(self, model_config: HeliosModelConfig, device: Any = None):
+        flow = comfy.model_base.ModelType.FLOW
+        super().__init__(model_config, flow, device=device, unet_model=HeliosNetwork)
+        self.model_sampling = FlowSampling()
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Any = None) -> float:
+        """Bytes of activations of one forward. The host asks with the shape of the full-size noisy chunk."""
+        network: HeliosNetwork = self.diffusion_model
+        config = network.config
+        batch, _, frames, height, width = input_shape
+        area = height * width / 4
+        layout = HistoryLayout()
+        long, mid, short = layout.sizes
+        history = area * (long / 64 + mid / 8 + short + 1)
+        tokens = frames * area + history
+        element = torch.finfo(self.manual_cast_dtype or network.dtype).bits / 8
+        # Live at once: the residual stream, its fp32 norm before and after modulation, q, k, v and the attention's
+        # output (rotated in fp32), or the hidden layer of the feed-forward before and after its GELU.
+        attention = config.inner_dim * (5 * element + 4 * 4)
+        feed_forward = config.inner_dim * (2 * element + 4) + config.ffn_dim * 2 * element
+        return batch * tokens * max(attention, feed_forward)
+
+
+class HeliosModelConfig(comfy.supported_models_base.BASE):
+    unet_config: dict[str, Any] = {}
+    unet_extra_config: dict[str, Any] = {}
+    latent_format = comfy.latent_formats.Wan21
+    supported_inference_dtypes = SUPPORTED_DTYPES
+    memory_usage_factor = 1.0
+
+    def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HeliosModel:
+        return HeliosModel(self, device=device)
+
+
+def history_conds(history: History, layout: HistoryLayout) -> dict[str, comfy.conds.CONDRegular]:
+    """A chunk's history as model_conds: forward arguments, so that compiled code sees them change."""
+    return {
+        "history_long": comfy.conds.CONDRegular(history.long),
+        "history_mid": comfy.conds.CONDRegular(history.mid),
+        "history_short": comfy.conds.CONDRegular(history.short),
+        "history_layout": comfy.conds.CONDConstant(layout),
+    }
+
+
+def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype weights are kept in. `auto` asks the host, which prefers bf16 wherever the device can."""
+    if choice != "auto":
+        return DTYPES[choice]
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    return comfy.model_management.unet_dtype(
+        supported_dtypes=SUPPORTED_DTYPES,
+        weight_dtype=next((dtype for dtype in FLOAT8 if dtype in stored), None),
+    )
+
+
+def load_model(path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = False) -> Any:
+    """Read a checkpoint (a file or an official folder) into a host ModelPatcher.
+
+    Weights stay memory-mapped where they are stored in the dtype they are used in; otherwise they are converted one
+    by one, so loading takes no more than the weights in that dtype.
+    """
+    management = comfy.model_management
+    checkpoint = open_checkpoint(Path(path))
+    weight_dtype = choose_dtype(dtype, checkpoint)
+    load_device = management.get_torch_device()
+    offload_device = management.unet_offload_device()
+
+    config = HeliosModelConfig({"image_model": "helios", "config": checkpoint.config})
+    config.set_inference_dtype(
+        weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES)
+    )
+    model = config.get_model(None, device="meta")
+    model.variant = checkpoint.variant
+    targets = {name: parameter.dtype for name, parameter in model.diffusion_model.named_parameters()}
+
+    bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
+    weights = {}
+    for name, tensor in read_tensors(checkpoint, targets.__getitem__):
+        weights[name] = tensor
+        bar.update(1)
+    model.diffusion_model.load_state_dict(weights, assign=True)
+    model.diffusion_model.requires_grad_(False)
+
+    model.device = offload_device
+    make_patcher = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:  # newer hosts stream weights through their own patcher
+        make_patcher = getattr(comfy.model_patcher, "CoreModelPatcher", make_patcher)
+    patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
+    # How newer hosts make a second, independent patcher (torch.compile, multi-GPU).
+    patcher.cached_patcher_init = (load_model, (path, dtype))
+    return patcher
