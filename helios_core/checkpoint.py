@@ -203,7 +203,7 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             raise CheckpointError(f"{file} is no safetensors file{_kind(start)}. Give a .safetensors file of Helios.")
         if 8 + length > size:
             raise CheckpointError(_truncated(file, size, 8 + length))
-        text = stream.read(length)
+        text = start[8:] + stream.read(length - 1)
     try:
         header = json.loads(text)
         metadata = dict(header.pop("__metadata__", {}))

@@ -45,6 +45,24 @@ def transformer(seed=0, **config):
     return model
 
 
+def ask(model, latents, timestep, text, history):
+    """The reference transformer's flow, with our `History`."""
+    index = {name: torch.tensor([getattr(history.indices, name)]) for name in ("noisy", "short", "mid", "long")}
+    return model(
+        latents,
+        timestep,
+        text,
+        index["noisy"],
+        index["short"],
+        index["mid"],
+        index["long"],
+        history.short,
+        history.mid,
+        history.long,
+        return_dict=False,
+    )[0]
+
+
 def schedulers(variant):
     if variant == "distilled":
         return HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear")

@@ -1,0 +1,573 @@
+"""What `helios_core.checkpoint` reads and refuses, and what `scripts/convert_checkpoint.py` makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from comfyui_helios.helios_core.checkpoint import Checkpoint, CheckpointError, open_checkpoint, read_tensors
+from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.helios_core.transformer import HeliosTransformer
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
+SMALL = TransformerConfig(num_attention_heads=1, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2)
+ODD_HEADS = TransformerConfig(
+    num_attention_heads=2, attention_head_dim=24, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2, rope_dim=(8, 8, 8)
+)
+BIG = TransformerConfig(num_attention_heads=8, text_dim=64, ffn_dim=4096, num_layers=16)  # 1.1 GB in fp32
+REPACK = {
+    "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
+    "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
+    "condition_embedder.time_proj.": "time_projection.1.",
+    "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
+    "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
+    ".ffn.net.0.proj.": ".ffn.0.",
+    ".ffn.net.2.": ".ffn.2.",
+}
+LAYOUTS = {"diffusers": {}, "older": {"norm_out.scale_shift_table": "scale_shift_table"}, "repack": REPACK}
+PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "transformer."]
+DISK_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+def make_weights(config: TransformerConfig = SMALL, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Random weights under the model's own names."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = {name: x.shape for name, x in HeliosTransformer(config, device="meta").state_dict().items()}
+    return {name: torch.randn(shape, generator=rng).to(dtype) for name, shape in shapes.items()}
+
+
+def rename(weights: dict[str, Tensor], names: dict[str, str], prefix: str = "") -> dict[str, Tensor]:
+    renamed = {}
+    for name, tensor in weights.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        renamed[prefix + name] = tensor
+    return renamed
+
+
+def read(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return dict(read_tensors(checkpoint, lambda name: dtype))
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit for bit, dtypes and names included. (torch.equal knows no float8.)"""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert torch.equal(found[name].float(), tensor.float()), name
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(path)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Any]:
+    """The converter as a module; it puts the checkout on sys.path, which other tests must not see."""
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An official folder as diffusers writes it, in shards, with a transformer_ode/ that must not be opened."""
+    from diffusers import HeliosTransformer3DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("official")
+    model = HeliosTransformer3DModel(**ODD_HEADS.to_dict())
+    model.save_pretrained(folder / "transformer", max_shard_size="400KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
+    (folder / "transformer_ode").mkdir()
+    (folder / "transformer_ode" / "config.json").write_text("not JSON")
+    (folder / "transformer_ode" / "diffusion_pytorch_model.safetensors").write_bytes(b"not safetensors")
+    write_json(folder / "model_index.json", {"_class_name": "HeliosPyramidPipeline", "is_distilled": True})
+    save_file(dict(model.state_dict()), folder / "expected.safetensors.keep")
+    return folder
+
+
+def write_json(file: Path, values: object) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(values))
+
+
+# What is read
+
+
+@pytest.mark.parametrize("dtype", DISK_DTYPES, ids=str)
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_prefix_and_dtype_reads_the_same(tmp_path, layout, prefix, dtype):
+    weights = make_weights(dtype=dtype)
+    file = tmp_path / "helios.safetensors"
+    save_file(rename(weights, LAYOUTS[layout], prefix), file)
+    checkpoint = open_checkpoint(file)
+    assert checkpoint.config == SMALL  # from the shapes alone
+    assert checkpoint.variant is None
+    assert_same(read(checkpoint), {name: x.float() for name, x in weights.items()})
+
+
+def test_the_official_folder_is_read_and_transformer_ode_is_not(official):
+    checkpoint = open_checkpoint(official)
+    assert checkpoint.config == ODD_HEADS
+    assert checkpoint.variant == "distilled"
+    assert {x.file.parent for x in checkpoint.tensors.values()} == {official / "transformer"}
+    assert_same(read(checkpoint), load_file(official / "expected.safetensors.keep"))
+
+
+def test_a_transformer_folder_is_read_as_one_file_or_in_shards(official, tmp_path):
+    expected = load_file(official / "expected.safetensors.keep")
+    assert_same(read(open_checkpoint(official / "transformer")), expected)
+    save_file(expected, tmp_path / "any name.safetensors")
+    (tmp_path / "config.json").write_text((official / "transformer" / "config.json").read_text())
+    assert_same(read(open_checkpoint(tmp_path)), expected)
+
+
+def test_shards_may_be_links_into_a_download_cache(official, tmp_path):
+    for file in (official / "transformer").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    assert len(open_checkpoint(tmp_path).tensors) == len(load_file(official / "expected.safetensors.keep"))
+
+
+def test_keys_of_an_unused_norm_are_ignored(tmp_path):
+    weights = make_weights()
+    save_file(weights | {"blocks.0.attn2.norm_added_q.weight": torch.ones(4)}, tmp_path / "a.safetensors")
+    assert open_checkpoint(tmp_path / "a.safetensors").tensors.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("mode", ["scalar", "per_head"])
+def test_amplified_history_is_told_from_the_shapes(tmp_path, mode):
+    config = TransformerConfig(
+        num_attention_heads=2, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=1, is_amplify_history=True,
+        history_scale_mode=mode, cross_attn_norm=False,
+    )  # fmt: skip
+    save_file(make_weights(config), tmp_path / "a.safetensors")
+    assert open_checkpoint(tmp_path / "a.safetensors").config == config
+
+
+@pytest.mark.parametrize(
+    ("index", "schedule", "variant"),
+    [
+        ({"_class_name": "HeliosPipeline"}, {"_class_name": "HeliosScheduler", "stages": 1}, "base"),
+        ({"_class_name": "HeliosPyramidPipeline", "is_distilled": False}, {"stages": 3}, "mid"),
+        ({"_class_name": "HeliosPyramidPipeline", "is_distilled": True}, None, "distilled"),
+        (None, {"_class_name": "HeliosDMDScheduler", "stages": 3}, "distilled"),
+        (None, {"_class_name": "HeliosScheduler", "stages": 3}, "mid"),
+        (None, None, None),
+    ],
+)
+def test_the_variant_comes_from_the_pipeline_and_the_scheduler(tmp_path, index, schedule, variant):
+    (tmp_path / "transformer").mkdir()
+    save_file(make_weights(), tmp_path / "transformer" / "a.safetensors")
+    if index is not None:
+        write_json(tmp_path / "model_index.json", index)
+    if schedule is not None:
+        write_json(tmp_path / "scheduler" / "scheduler_config.json", schedule)
+    assert open_checkpoint(tmp_path).variant == variant
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(make_weights(), file)
+    before = file.read_bytes()
+    for _, tensor in read_tensors(open_checkpoint(file), lambda name: torch.float32):
+        tensor.zero_()
+    assert file.read_bytes() == before
+
+
+def test_tensors_outlive_their_file_and_need_no_alignment(tmp_path):
+    weights = make_weights()
+    file = tmp_path / "a.safetensors"
+    save_file(weights, file)
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    found = read(open_checkpoint(file))
+    half = read(open_checkpoint(file), torch.bfloat16)
+    file.unlink()
+    assert all(x.data_ptr() % x.element_size() == 0 for x in found.values())
+    assert_same(found, weights)
+    assert_same(half, {name: x.bfloat16() for name, x in weights.items()})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on maps is Linux's")
+def test_a_file_larger_than_ram_and_swap_is_mapped(tmp_path):
+    """A sparse file: `safe_open` fails on it with 'unable to mmap ... Cannot allocate memory'."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    room = sum(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    file = tmp_path / "a.safetensors"
+    save_file(make_weights(dtype=torch.bfloat16), file)
+    with file.open("r+b") as stream:
+        stream.truncate(room + 2**30)
+    (name, tensor), *_ = read_tensors(open_checkpoint(file), lambda name: torch.bfloat16)
+    assert torch.equal(tensor, make_weights(dtype=torch.bfloat16)[name])
+
+
+# What is refused
+
+
+def save_with(file: Path, **changes: Tensor | None) -> Path:
+    """A good file with some tensors replaced, added, or (None) left out; `__` in a name stands for a dot."""
+    weights = make_weights() | {name.replace("__", "."): x for name, x in changes.items()}
+    save_file({name: x for name, x in weights.items() if x is not None}, file)
+    return file
+
+
+def test_a_file_that_does_not_exist_is_refused(tmp_path):
+    assert "nowhere.safetensors does not exist" in refusal(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"12345", "no safetensors file"),
+        (b"PK\x03\x04" + bytes(99), "a pickle saved by torch"),
+        (b"\x80\x02}q\x00." + bytes(99), "a pickle"),
+        (b"GGUF" + bytes(99), "a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        ((10**7).to_bytes(8, "little") + b'{"a": 1', "is truncated"),
+        ((7).to_bytes(8, "little") + b"{oh no}", "damaged"),
+        ((9).to_bytes(8, "little") + b'{"a": 1} ', "damaged"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path, content, message):
+    file = tmp_path / "helios.safetensors"
+    file.write_bytes(content)
+    assert f"{file}" in refusal(file)
+    assert message in refusal(file)
+
+
+def test_a_truncated_file_is_refused_before_a_tensor_is_read(tmp_path):
+    file = save_with(tmp_path / "helios.safetensors")
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.truncate(size - 1)
+    assert f"helios.safetensors is truncated: {size - 1} bytes are there of at least {size}" in refusal(file)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin"])
+def test_a_pickle_is_refused_by_its_name(tmp_path, suffix):
+    file = save_with(tmp_path / f"helios{suffix}")
+    assert f"helios{suffix} is a pickle" in refusal(file)
+    assert f"pickles only (helios{suffix})" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("blocks.0.self_attn.q.weight", "Wan 2.1"),
+        ("model.diffusion_model.blocks.0.self_attn.q.weight", "Wan 2.1"),
+        ("blocks.0.attn1.to_q.weight", "Wan model in diffusers' layout"),
+        ("double_blocks.0.img_attn.qkv.weight", "Flux"),
+        ("decoder.head.0.gamma", "VAE"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "text encoder"),
+        ("diffusion_model.blocks.0.attn1.to_q.lora_A.weight", "LoRA"),
+        ("something.else", "It begins with something.else"),
+    ],
+)
+def test_another_models_file_is_refused_and_named(tmp_path, key, message):
+    save_file({key: torch.ones(2)}, tmp_path / "other.safetensors")
+    assert "other.safetensors is no Helios model" in refusal(tmp_path / "other.safetensors")
+    assert message in refusal(tmp_path / "other.safetensors")
+
+
+def test_another_models_folder_is_refused(tmp_path):
+    save_with(tmp_path / "a.safetensors")
+    write_json(tmp_path / "config.json", {"_class_name": "WanTransformer3DModel"})
+    assert "config.json is not the configuration of a Helios transformer: it describes a Wan" in refusal(tmp_path)
+
+
+def test_missing_and_unexpected_keys_are_counted_and_ten_are_listed(tmp_path):
+    weights = make_weights()
+    removed = [name for name in weights if name.startswith("blocks.1.")][:14]
+    added = {f"extra.{i:02}": torch.ones(1) for i in range(12)}
+    save_file({k: x for k, x in weights.items() if k not in removed} | added, tmp_path / "a.safetensors")
+    message = refusal(tmp_path / "a.safetensors")
+    assert f"14 of {len(weights)} tensors are missing" in message
+    assert [name in message for name in removed] == [True] * 10 + [False] * 4
+    assert "12 are unexpected" in message
+    assert [name in message for name in added] == [True] * 10 + [False] * 2
+    assert "and 4 more" in message
+    assert "and 2 more" in message
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    file = save_with(tmp_path / "a.safetensors", blocks__1__attn1__to_q__weight=torch.ones(128, 64))
+    assert "1 tensors of another shape" in refusal(file)
+    assert "blocks.1.attn1.to_q.weight (128, 64) for (128, 128)" in refusal(file)
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    file = save_with(tmp_path / "a.safetensors", scale_shift_table=torch.ones(1, 2, 128))
+    assert "holds 'norm_out.scale_shift_table' twice" in refusal(file)
+
+
+@pytest.mark.parametrize("name", ["scaled_fp8", "blocks__0__ffn__net__2__scale_weight", "proj_out__comfy_quant"])
+def test_scaled_weights_are_refused(tmp_path, name):
+    file = save_with(tmp_path / "a.safetensors", **{name: torch.ones(1)})
+    assert f"a.safetensors is quantised with scales ({name.replace('__', '.')})" in refusal(file)
+
+
+def test_integer_weights_are_refused(tmp_path):
+    ints = torch.ones(64, dtype=torch.int8)
+    file = save_with(tmp_path / "a.safetensors", blocks__0__ffn__net__0__proj__bias=ints)
+    assert "stores 1 tensors in a type that is none of F32, F16, BF16, F8_E4M3: blocks.0.ffn" in refusal(file)
+
+
+def test_a_width_that_does_not_tell_its_heads_is_refused(tmp_path):
+    save_file(make_weights(ODD_HEADS), tmp_path / "a.safetensors")
+    assert "Give the folder with its config.json" in refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(("key", "value"), [("helios_variant", "turbo"), ("helios_config", '{"rope_dim": [1, 1, 1]}')])
+def test_metadata_that_makes_no_sense_is_refused(tmp_path, key, value):
+    save_file(make_weights(), tmp_path / "a.safetensors", {key: value})
+    assert "a.safetensors" in refusal(tmp_path / "a.safetensors")
+
+
+def copy_official(official: Path, target: Path) -> tuple[Path, dict]:
+    for file in (official / "transformer").iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    index = target / "diffusion_pytorch_model.safetensors.index.json"
+    return index, json.loads(index.read_text())
+
+
+def test_a_missing_shard_is_named(official, tmp_path):
+    _, index = copy_official(official, tmp_path)
+    shard = sorted(set(index["weight_map"].values()))[1]
+    (tmp_path / shard).unlink()
+    assert f"lacks 1 of {len(set(index['weight_map'].values()))} shards: {shard}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.safetensors", "/etc/a.safetensors", "..\\a.safetensors", "C:a.safetensors", "a.bin"]
+)
+def test_an_index_that_points_elsewhere_is_not_followed(official, tmp_path, name):
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    save_with(tmp_path / "a.safetensors")
+    file, index = copy_official(official, folder)
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    write_json(file, index)
+    assert f"names {name!r}, which is no .safetensors file in its own folder" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
+def test_a_broken_index_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in refusal(tmp_path)
+
+
+def test_a_folder_that_holds_no_weights_or_several_is_refused(tmp_path):
+    assert "holds no .safetensors file" in refusal(tmp_path)
+    save_with(tmp_path / "a.safetensors")
+    save_with(tmp_path / "b.safetensors")
+    assert "holds several files (a.safetensors, b.safetensors)" in refusal(tmp_path)
+
+
+def test_transformer_ode_is_refused_when_it_is_asked_for(official):
+    assert "Give the folder that holds transformer_ode" in refusal(official / "transformer_ode")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(1e5, torch.float16), (500.0, torch.float8_e4m3fn), (float("nan"), torch.float16)]
+)
+def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path, value, dtype):
+    file = save_with(tmp_path / "a.safetensors", proj_out__bias=torch.tensor([value] + [0.0] * 63))
+    assert torch.isfinite(read(open_checkpoint(file), torch.bfloat16)["proj_out.weight"]).all()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: the values of 'proj_out.bias'"):
+        read(open_checkpoint(file), dtype)
+
+
+# The converter
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn"])
+def test_the_converted_file_holds_what_a_direct_read_gives(script, official, tmp_path, capsys, dtype):
+    target = tmp_path / "helios.safetensors"
+    assert script.main([str(official), str(target), "--dtype", dtype]) == 0
+    assert "distilled" in capsys.readouterr().out
+    source, made = open_checkpoint(official), open_checkpoint(target)
+    model = HeliosTransformer(ODD_HEADS, dtype=script.CHOICES[dtype], device="meta").state_dict()
+    direct = dict(read_tensors(source, lambda name: model[name].dtype))
+    assert (made.config, made.variant) == (ODD_HEADS, "distilled")
+    assert_same(dict(read_tensors(made, lambda name: model[name].dtype)), direct)
+    assert_same(load_file(target), direct)  # safetensors itself reads it
+    assert direct["norm_out.scale_shift_table"].dtype == torch.float32
+    assert direct["blocks.0.ffn.net.2.weight"].dtype == script.CHOICES[dtype]
+    with safe_open(target, "pt") as file:
+        assert json.loads(file.metadata()["helios_config"])["num_layers"] == 2
+        assert file.metadata()["helios_variant"] == "distilled"
+    assert [x.name for x in tmp_path.iterdir()] == [target.name]
+
+
+def test_every_tensor_of_a_converted_file_is_aligned(script, tmp_path):
+    """A bias of 63 bf16 values would put what follows it between two fp32 places."""
+    config = dataclasses.replace(SMALL, ffn_dim=63)
+    save_file(make_weights(config), tmp_path / "a.safetensors")
+    assert script.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 0
+    made = open_checkpoint(tmp_path / "b.safetensors")
+    assert made.config == config
+    assert [name for name, x in made.tensors.items() if x.offset % x.dtype.itemsize] == []
+
+
+def test_a_converted_file_converts_again(script, official, tmp_path):
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    assert script.main([str(official), str(first)]) == 0
+    assert script.main([str(first), str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_variant_can_be_told_where_the_source_does_not_say(script, official, tmp_path, capsys):
+    target = tmp_path / "a.safetensors"
+    assert script.main([str(official / "transformer"), str(target), "--variant", "mid"]) == 0
+    assert open_checkpoint(target).variant == "mid"
+    assert script.main([str(official), str(tmp_path / "b.safetensors"), "--variant", "mid"]) == 1
+    assert "says that it is distilled, not mid" in capsys.readouterr().err
+
+
+def test_an_existing_target_is_kept_without_force(script, official, tmp_path, capsys):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"mine")
+    assert script.main([str(official), str(target)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert target.read_bytes() == b"mine"
+    assert script.main([str(official), str(target), "--force"]) == 0
+    assert script.main([str(target), str(target), "--force"]) == 1
+    assert "is itself read" in capsys.readouterr().err
+    assert open_checkpoint(target).variant == "distilled"
+
+
+def test_a_failure_leaves_the_folder_as_it_was(script, official, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        yield from list(read_tensors(*args))[:5]
+        raise OSError("No space left on device")
+
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"mine")
+    monkeypatch.setattr(script, "read_tensors", fail)
+    assert script.main([str(official), str(target), "--force"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [x.read_bytes() for x in tmp_path.iterdir()] == [b"mine"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(script, official, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert script.main([str(official), str(tmp_path / "a.safetensors")]) == 1
+    assert "0.00 GB free" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(tmp_path / "a.safetensors")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert (
+        run.stderr
+        == f"error: {tmp_path} holds no .safetensors file. Give a folder of a Helios repository, such as Helios-Mid.\n"
+    )
+
+
+# Memory: RssAnon of a process of its own, sampled from here every millisecond
+
+SLACK = 8_000_000  # bytes, for allocator, threads and progress bar; less than 1 MB was measured
+READ = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from helios_core.checkpoint import open_checkpoint, read_tensors
+checkpoint = open_checkpoint(Path(sys.argv[2]))
+print("ready", flush=True), sys.stdin.readline()
+weights = dict(read_tensors(checkpoint, lambda name: torch.bfloat16))
+total = sum(int(x.view(torch.uint8).max()) for x in weights.values())  # touches every page
+"""
+CONVERT = """
+import sys
+sys.path.insert(0, sys.argv[1] + "/scripts")
+import convert_checkpoint
+from pathlib import Path
+convert_checkpoint.open_checkpoint(Path(sys.argv[2]))  # the first model on meta makes torch import 80 MB more
+print("ready", flush=True), sys.stdin.readline()
+assert convert_checkpoint.main(sys.argv[2:]) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def big_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A random fp32 checkpoint of more than 1 GB, written tensor by tensor."""
+    shapes = {name: x.shape for name, x in HeliosTransformer(BIG, device="meta").state_dict().items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * shape.numel()]}
+    assert end >= 10**9
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp("big") / "fp32.safetensors"
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            stream.write(rng.standard_normal(shape.numel(), dtype=np.float32).data)
+    yield file
+    for made in file.parent.iterdir():
+        made.unlink()
+
+
+def anonymous_memory(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next((int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("RssAnon")), 0)
+
+
+def peak_of(code: str, *args: object) -> int:
+    """Anonymous bytes that the code takes at most, over what it has when it says "ready"."""
+    command = [sys.executable, "-c", code, str(ROOT), *map(str, args)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        base = peak = anonymous_memory(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, anonymous_memory(process.pid))
+            time.sleep(0.001)
+    assert process.returncode == 0
+    return peak - base
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
+def test_reading_and_converting_hold_no_more_than_they_must(big_file):
+    sizes = [x.numel() for x in HeliosTransformer(BIG, device="meta").state_dict().values()]
+    weights, two_tensors = 2 * sum(sizes), 2 * 4 * max(sizes)
+    half = big_file.with_name("bf16.safetensors")
+    peaks = {
+        "fp32 file to bf16 weights": (peak_of(READ, big_file), weights + two_tensors),
+        "conversion": (peak_of(CONVERT, big_file, half), two_tensors),
+        "bf16 file to bf16 weights": (peak_of(READ, half), two_tensors),
+    }
+    print({what: f"{peak / 1e6:.0f} MB, allowed {limit / 1e6:.0f} MB" for what, (peak, limit) in peaks.items()})
+    assert {what: peak for what, (peak, limit) in peaks.items() if peak > limit + SLACK} == {}
+    assert peaks["fp32 file to bf16 weights"][0] > 0.9 * weights  # or the measuring is at fault
