@@ -1,0 +1,66 @@
+"""Prompts in, CONDITIONING out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .host.compat import schema
+from .host.text import encode_prompt
+
+POSITIVE = (
+    "A red fox trots through a snowy birch forest at sunrise, its breath visible in the cold air. Golden light falls "
+    "between the trunks and glitters on the fresh snow. The fox stops, pricks up its ears and runs on. The camera "
+    "follows at eye level in one smooth tracking shot, shallow depth of field, natural colors, fine detail in the fur."
+)
+NEGATIVE = (
+    "still image, frozen motion, blurry, overexposed, washed-out colors, grey picture, compression artifacts, "
+    "subtitles, watermark, distorted hands, deformed face, extra limbs, cluttered background, walking backwards"
+)
+
+
+class HeliosTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="HeliosTextEncode",
+            display_name="Helios Text Encode",
+            category="Helios",
+            description=(
+                "Turns two prompts into the conditioning Helios was trained with: cleaned up, 512 tokens, and nothing "
+                "read as syntax. Parentheses, weights and embedding names are plain text."
+            ),
+            search_aliases=["helios prompt", "umt5", "clip text encode"],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="UMT5-XXL, from Helios Diffusers Loader or from a CLIPLoader of type 'wan'.",
+                ),
+                io.String.Input(
+                    "positive",
+                    multiline=True,
+                    default=POSITIVE,
+                    tooltip="What the video shows. Works best with 20 to 40 words or more, and with words for the "
+                    "camera. At most 512 tokens are read.",
+                ),
+                io.String.Input(
+                    "negative",
+                    multiline=True,
+                    default=NEGATIVE,
+                    tooltip="What to stay away from. Helios-Base and Helios-Mid use it; Helios-Distilled runs without "
+                    "guidance and ignores it. May be empty.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, positive: str, negative: str) -> io.NodeOutput:
+        return io.NodeOutput(encode_prompt(clip, positive), encode_prompt(clip, negative))
+
+
+NODES = [HeliosTextEncode]
