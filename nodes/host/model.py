@@ -13,6 +13,7 @@ import comfy.ldm.modules.attention
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
@@ -23,6 +24,7 @@ from ...helios_core.checkpoint import Checkpoint, open_checkpoint, read_tensors
 from ...helios_core.config import TransformerConfig, Variant
 from ...helios_core.history import History, HistoryLayout
 from ...helios_core.layers import FLOAT8, Block, Modulation
+from ...helios_core.schedule import TRAIN_STEPS
 from ...helios_core.transformer import HeliosTransformer
 
 log = logging.getLogger(__name__)
@@ -107,28 +109,20 @@ class HeliosNetwork(HeliosTransformer):
         return super().forward(x, timestep, context, history, attend, run_block)
 
 
-class FlowSampling(torch.nn.Module):
+class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
     """A model_sampling that hands latents, timestep and flow through: the core's solvers do the rest.
 
-    Sigmas are in the unit that is passed as timestep, 0..1000, so that a conditioning's timestep range is found.
+    Its sigmas are in the unit that is passed as timestep, 0..1000, so that a conditioning's timestep range is found.
     """
-
-    sigma_min, sigma_max = 0.0, 1000.0
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return sigma
-
-    def sigma(self, timestep: Tensor) -> Tensor:
-        return timestep
-
-    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
-        return noise
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         return model_output
 
     def percent_to_sigma(self, percent: float) -> float:
-        return self.sigma_max * (1.0 - min(max(percent, 0.0), 1.0))
+        return TRAIN_STEPS * (1.0 - min(max(percent, 0.0), 1.0))
 
 
 class HeliosModel(comfy.model_base.BaseModel):

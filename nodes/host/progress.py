@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import comfy.model_management
@@ -44,8 +45,7 @@ def check_interrupt() -> None:
 def warn(message: str, node_id: str | None = None) -> None:
     """Log a warning and, in a running server, write it onto the node."""
     log.warning(message)
-    from server import PromptServer  # the host's; there is no instance outside a running server
-
-    instance = getattr(PromptServer, "instance", None)
+    server = sys.modules.get("server")  # the host's; there is none outside a running server
+    instance = getattr(server and server.PromptServer, "instance", None)
     if instance is not None and node_id is not None:
         instance.send_progress_text(message, node_id)

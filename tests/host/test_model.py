@@ -1,0 +1,413 @@
+"""Helios as the host's MODEL: the same videos as the reference, through everything the host puts around a model."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sd
+import oracle
+import pytest
+import torch
+from comfyui_helios.helios_core.history import HistoryLayout, Memory
+from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
+from comfyui_helios.helios_core.video import HistorySeed, VideoState
+from comfyui_helios.nodes.history import HeliosHistoryInjection
+from comfyui_helios.nodes.host.conditioning import set_history
+from comfyui_helios.nodes.host.decode import decode_chunks
+from comfyui_helios.nodes.host.latent import video_state
+from comfyui_helios.nodes.host.model import DTYPES, HeliosModel, load_model
+from comfyui_helios.nodes.sample import HeliosChunkedSampler
+from videos import CASES, CHUNKS, SEED, TOLERANCE, difference, reference_video
+
+QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return oracle.transformer(0)
+
+
+@pytest.fixture(scope="module")
+def folder(reference, tmp_path_factory):
+    """An official folder with a transformer only."""
+    path = tmp_path_factory.mktemp("models") / "Helios-Distilled"
+    reference.save_pretrained(path / "transformer")
+    (path / "model_index.json").write_text(
+        json.dumps({"_class_name": "HeliosPyramidPipeline", "is_distilled": True, "is_cfg_zero_star": False})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(str(folder), "fp32")
+
+
+def conditioning(embedding, **values):
+    return [[embedding, values]]
+
+
+def sample(model, schedule, size=(64, 64), chunks=1, seed=SEED, positive=None, negative=None, batch=1):
+    """What the sampler node returns for an empty latent of this pixel size."""
+    prompts = oracle.prompts(batch=batch)
+    inputs = HeliosHistoryInjection.execute(
+        positive or conditioning(prompts[0]),
+        negative or conditioning(prompts[1]),
+        width=size[1],
+        height=size[0],
+        frames=33 * chunks,
+        batch_size=batch,
+    )
+    node = type("Node", (HeliosChunkedSampler,), {"hidden": SimpleNamespace(unique_id=None)})
+    return node.execute(model, *inputs.result, schedule, seed).result[0]
+
+
+def normalised(latent):
+    return comfy.latent_formats.Wan21().process_in(latent["samples"])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equals_the_reference(model, reference, case):
+    video = normalised(sample(model, case.schedule, case.size, CHUNKS))
+    assert difference(video, reference_video(case, reference, *oracle.prompts())) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mid", "distilled 2, 2, 2"])
+def test_equals_the_reference_in_batches(model, reference, name):
+    case = CASES[name]
+    video = normalised(sample(model, case.schedule, case.size, CHUNKS, batch=2))
+    assert difference(video, reference_video(case, reference, *oracle.prompts(batch=2))) <= TOLERANCE
+
+
+def test_state_is_all_that_is_needed_to_go_on(model):
+    latent = sample(model, QUICK, chunks=2)
+    state = video_state(latent)
+    assert (state.frames, state.next_chunk) == (66, 2)
+    assert latent["samples"].dtype == state.memory.latents.dtype == torch.float32
+    assert state.memory.latents.device.type == latent["samples"].device.type == "cpu"
+    torch.testing.assert_close(state.memory.latents[:, :, -9:], normalised(latent)[:, :, -9:])
+    torch.testing.assert_close(state.memory.anchor, normalised(latent)[:, :, :1])
+
+
+def test_same_seed_same_latents(model):
+    first, again, other = (sample(model, QUICK, chunks=2, seed=seed)["samples"] for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+def count_calls(model, wrapper_type):
+    """A clone of model with a counting wrapper, as extensions add them."""
+    calls = []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(args)
+        return executor(*args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(wrapper_type, "test", wrapper)
+    return clone, calls
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("DIFFUSION_MODEL", 6), ("APPLY_MODEL", 6), ("CALC_COND_BATCH", 6), ("PREDICT_NOISE", 6), ("OUTER_SAMPLE", 1)],
+)
+def test_wrappers_run(model, name, expected):
+    """Two chunks of three steps: the network's wrappers for each, the sampler's once for the whole video."""
+    clone, calls = count_calls(model, getattr(comfy.patcher_extension.WrappersMP, name))
+    sample(clone, QUICK, chunks=2)
+    assert len(calls) == expected
+
+
+def test_positive_and_negative_go_in_one_batch_and_no_negative_without_guidance(model):
+    def batches(schedule):
+        clone, calls = count_calls(model, comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL)
+        sample(clone, schedule)
+        return {args[0].shape[0] for args in calls}
+
+    assert batches(replace(BASE, steps=(2,))) == {2}
+    assert batches(replace(BASE, steps=(2,), guidance_scale=1.0)) == {1}
+
+
+def test_block_patches_replace_a_block(model):
+    clone, seen = model.clone(), []
+
+    def skip(args, extra):
+        seen.append(args["transformer_options"]["block_index"])
+        return {"img": args["img"]}
+
+    def keep(args, extra):
+        return extra["original_block"](args)
+
+    plain = sample(model, QUICK)["samples"]
+    clone.set_model_patch_replace(keep, "dit", "double_block", 1)
+    assert torch.equal(sample(clone, QUICK)["samples"], plain)
+    clone.set_model_patch_replace(skip, "dit", "double_block", 1)
+    assert not torch.allclose(sample(clone, QUICK)["samples"], plain)
+    assert seen == [1, 1, 1]
+
+
+def test_attention_override_gets_every_attention(model):
+    clone, calls = model.clone(), []
+
+    def override(function, *args, **kwargs):
+        calls.append(kwargs["heads"])
+        return function(*args, **kwargs)
+
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert torch.equal(sample(clone, QUICK)["samples"], sample(model, QUICK)["samples"])
+    assert calls == [2] * (3 * 2 * 2)  # steps x blocks x (self, cross)
+
+
+def test_lora_changes_the_video_and_is_taken_off_again(model):
+    plain = sample(model, QUICK)["samples"]
+    rng = torch.Generator().manual_seed(0)
+    lora = {
+        "diffusion_model.blocks.0.attn1.to_q.lora_A.weight": torch.randn(4, 48, generator=rng),
+        "diffusion_model.blocks.0.attn1.to_q.lora_B.weight": torch.randn(48, 4, generator=rng),
+    }
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    changed = sample(patched, QUICK)["samples"]
+    assert (changed - plain).abs().max() > 0.01
+    assert torch.equal(sample(model, QUICK)["samples"], plain)
+
+
+def test_lora_equals_merged_weights(model, reference, tmp_path):
+    rng = torch.Generator().manual_seed(1)
+    down, up = torch.randn(4, 48, generator=rng), torch.randn(48, 4, generator=rng)
+    name = "blocks.1.attn2.to_k"
+    lora = {f"diffusion_model.{name}.lora_A.weight": down, f"diffusion_model.{name}.lora_B.weight": up}
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0.0)
+    merged = oracle.transformer(0)
+    merged.get_submodule(name).weight.data += 0.5 * up @ down
+    merged.save_pretrained(tmp_path / "transformer")
+    expected = sample(load_model(str(tmp_path / "transformer"), "fp32"), QUICK)["samples"]
+    torch.testing.assert_close(sample(patched, QUICK)["samples"], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [replace(BASE, steps=(3,)), replace(MID, steps=(3, 2, 2))], ids=["cfg", "zero*"])
+def test_a_cfg_function_that_does_plain_cfg_changes_nothing(model, schedule):
+    def plain(args):
+        return args["uncond"] + args["cond_scale"] * (args["cond"] - args["uncond"])
+
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(plain)
+    result, expected = sample(clone, schedule)["samples"], sample(model, schedule)["samples"]
+    assert difference(result, expected) < 1e-4
+
+
+def test_post_cfg_function_sees_denoised_latents(model):
+    seen = []
+
+    def post(args):
+        seen.append((args["sigma"][0].item(), args["denoised"].std().item()))
+        return args["denoised"] * 0.5
+
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(post)
+    assert not torch.allclose(sample(clone, QUICK)["samples"], sample(model, QUICK)["samples"])
+    assert [round(sigma, 2) for sigma, _ in seen] == [1.0, 1.0, 1.0]
+
+
+def test_timestep_ranges_of_conditioning_are_kept(model):
+    """The second half of the schedule under another prompt; positive conditioning in the host's own form."""
+    first, second = oracle.prompts()
+    halves = [[first, {"start_percent": 0.0, "end_percent": 0.5}], [second, {"start_percent": 0.5, "end_percent": 1.0}]]
+    mixed = sample(model, QUICK, positive=halves)["samples"]
+    only_first = sample(model, QUICK, positive=conditioning(first))["samples"]
+    only_second = sample(model, QUICK, positive=conditioning(second))["samples"]
+    assert difference(mixed, only_first) > 1e-3
+    assert difference(mixed, only_second) > 1e-3
+
+
+@pytest.mark.parametrize("choice", DTYPES)
+def test_storage_dtypes(folder, reference, choice):
+    """What the weights are kept in, and how far the result is from float32 (bf16 compute on this CPU is float32's)."""
+    loaded = load_model(str(folder), choice)
+    dtypes = {name: p.dtype for name, p in loaded.model.diffusion_model.named_parameters()}
+    for name, dtype in dtypes.items():
+        if "scale_shift_table" in name or "time_embedder" in name or ".norm2." in name:
+            assert dtype == torch.float32, name
+    in_blocks = {d for n, d in dtypes.items() if n.startswith("blocks.") and n.endswith("to_q.weight")}
+    assert in_blocks == {DTYPES[choice]}
+    if choice == "fp8_e4m3fn":
+        assert {d for n, d in dtypes.items() if n.endswith(".bias") and "time_embedder" not in n and ".norm2." not in n} == {
+            torch.bfloat16
+        }
+        assert {d for n, d in dtypes.items() if ".norm_q." in n} == {torch.float32}
+    exact = sample(load_model(str(folder), "fp32"), QUICK)["samples"]
+    result = sample(loaded, QUICK)["samples"]
+    error = ((result - exact).square().mean() / exact.square().mean()).sqrt().item()
+    assert error <= {"fp32": 0.0, "fp16": 0.01, "bf16": 0.05, "fp8_e4m3fn": 0.3}[choice]
+
+
+def test_auto_asks_the_host(folder):
+    assert load_model(str(folder), "auto").model.diffusion_model.dtype == comfy.model_management.unet_dtype(
+        supported_dtypes=[torch.bfloat16, torch.float16, torch.float32]
+    )
+
+
+def test_variant_comes_with_the_model(model):
+    assert model.model.variant == "distilled"
+
+
+def test_a_second_patcher_can_be_made(model):
+    """Newer hosts make one for torch.compile and for other GPUs."""
+    factory, args = model.cached_patcher_init
+    second = factory(*args, disable_dynamic=True)
+    assert second.model is not model.model
+    assert torch.equal(sample(second, QUICK)["samples"], sample(model, QUICK)["samples"])
+
+
+def test_compiled_code_sees_every_chunks_history(model):
+    """With the network compiled (eager backend), a stale history would repeat the first chunk's."""
+    clone = model.clone()
+    compiled = torch.compile(model.model.diffusion_model, backend="eager")
+    clone.add_object_patch("diffusion_model", compiled)
+    assert difference(sample(clone, QUICK, chunks=3)["samples"], sample(model, QUICK, chunks=3)["samples"]) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [1, 33, 34, 264])
+def test_frames_are_rounded_up_to_chunks(frames):
+    result = HeliosHistoryInjection.execute([], [], width=640, height=384, frames=frames, batch_size=2).result
+    latent = result[2]
+    assert latent["samples"].shape == (2, 16, 9 * -(-frames // 33), 48, 80)
+    assert video_state(latent) == VideoState(frames)
+
+
+def test_state_of_changed_samples_is_ignored():
+    latent = {"samples": torch.zeros(1, 16, 9, 8, 8), "helios": VideoState(40)}
+    assert video_state(latent) is None
+    latent = {"samples": torch.zeros(1, 16, 18, 8, 8), "helios": VideoState(40)}
+    assert video_state(latent).frames == 40
+    upscaled = {"samples": torch.zeros(1, 16, 9, 16, 16), "helios": VideoState(33, memory=Memory.empty(1, 8, 8))}
+    assert video_state(upscaled) is None
+
+
+class FakeVAE:
+    """Decodes a chunk to frames that tell which latents they came from."""
+
+    def decode(self, latents):
+        assert latents.shape[2] == 9
+        value = latents.mean() + torch.arange(33) / 100
+        return value.view(1, 33, 1, 1, 1).expand(1, 33, 8, 8, 3)
+
+
+@pytest.mark.parametrize(("trim", "frames"), [(False, 66), (True, 40)])
+def test_decoding_keeps_chunks_apart_and_trims_exactly(trim, frames):
+    samples = torch.arange(4.0).view(2, 1, 2, 1, 1, 1).expand(2, 16, 2, 9, 1, 1).reshape(2, 16, 18, 1, 1)
+    images = decode_chunks({"samples": samples, "helios": VideoState(40)}, FakeVAE(), trim)
+    assert images.shape == (2 * frames, 8, 8, 3)
+    expected = torch.cat([torch.arange(33) / 100, 1 + torch.arange(33) / 100])[:frames]
+    torch.testing.assert_close(images[:frames, 0, 0, 0], expected)
+    torch.testing.assert_close(images[frames:, 0, 0, 0], expected + 2)
+
+
+# What cannot be sampled is refused before the host is asked to load anything.
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("models were loaded")
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", fail)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("schedule", "size", "nearest"), [(QUICK, (80, 64), "64x64"), (MID, (128, 80), "64x128"), (BASE, (72, 64), "64x64")]
+)
+def test_refuses_a_size_the_variant_cannot_make(model, schedule, size, nearest):
+    with pytest.raises(ValueError, match=f"nearest that works is {nearest}"):
+        sample(model, schedule, size)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_refuses_a_history_of_another_size(model):
+    seed = HistorySeed(memory=Memory.empty(1, 16, 16))
+    latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
+    node = type("Node", (HeliosChunkedSampler,), {"hidden": SimpleNamespace(unique_id=None)})
+    prompts = [set_history(conditioning(p), seed) for p in oracle.prompts()]
+    with pytest.raises(ValueError, match="history is 128x128.*video is 64x64"):
+        node.execute(model, *prompts, latent, QUICK, 0)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ((1, 4, 64, 64), r"\(1, 4, 64, 64\).*Helios History Injection"),
+        ((1, 16, 10, 8, 8), "multiple of 9"),
+        ((1, 16, 0, 8, 8), "multiple of 9"),
+    ],
+)
+def test_refuses_a_latent_of_another_kind(model, samples, message):
+    node = type("Node", (HeliosChunkedSampler,), {"hidden": SimpleNamespace(unique_id=None)})
+    with pytest.raises(ValueError, match=message):
+        node.execute(model, *map(conditioning, oracle.prompts()), {"samples": torch.zeros(samples)}, QUICK, 0)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("key", ["area", "mask", "control"])
+def test_refuses_conditioning_it_would_ignore(model, key):
+    with pytest.raises(ValueError, match="does not support"):
+        sample(model, QUICK, positive=conditioning(oracle.prompts()[0], **{key: object()}))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_refuses_another_text_encoder(model):
+    with pytest.raises(ValueError, match="77.*the model expects 32|768 wide, the model expects 32"):
+        sample(model, QUICK, positive=conditioning(torch.zeros(1, 77, 768)))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_refuses_a_replaced_model_sampling(model):
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", torch.nn.Module())
+    with pytest.raises(ValueError, match="ModelSamplingSD3"):
+        sample(clone, QUICK)
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_refuses_another_model(model):
+    other = SimpleNamespace(model=torch.nn.Module())
+    with pytest.raises(ValueError, match="needs a Helios model"):
+        sample(other, QUICK)
+
+
+def test_ksampler_is_told_what_to_use_instead(model):
+    import comfy.sample
+
+    with pytest.raises(ValueError, match="Helios Chunked Sampler"):
+        comfy.sample.sample(
+            model,
+            torch.randn(1, 16, 9, 8, 8),
+            1,
+            1.0,
+            "euler",
+            "simple",
+            conditioning(oracle.prompts()[0]),
+            conditioning(oracle.prompts()[1]),
+            torch.zeros(1, 16, 9, 8, 8),
+        )
+
+
+@pytest.mark.parametrize("wrong", [BASE, MID])
+def test_warns_of_a_schedule_the_checkpoint_contradicts(model, caplog, wrong):
+    sample(model, replace(wrong, steps=(1,) * len(wrong.steps)))
+    assert "The model is Helios-Distilled, but the schedule is for" in caplog.text
+    caplog.clear()
+    sample(model, QUICK)
+    assert "schedule is for" not in caplog.text
+
+
+def test_memory_estimate_grows_with_resolution_and_not_with_length(model):
+    estimate = HeliosModel.memory_required
+    native = estimate(model.model, [1, 16, 9, 48, 80])
+    assert estimate(model.model, [2, 16, 9, 48, 80]) == pytest.approx(2 * native)
+    assert estimate(model.model, [1, 16, 9, 96, 160]) == pytest.approx(4 * native)
+    assert HistoryLayout().frames == 19
