@@ -1,0 +1,79 @@
+# `make help` lists the targets. Set-up leaves stamps behind: what is there is not installed again.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BROWSER ?= 1
+HOST_REQUIREMENTS ?= tests/requirements/comfyui-0.3.75.txt
+ifdef COMFYUI_PATH
+HOST :=
+else
+COMFYUI_PATH := build/comfyui
+HOST := build/comfyui/.complete
+endif
+export BROWSER COMFYUI_PATH HELIOS_MODELS HELIOS_WORKFLOW
+
+ENVIRONMENT := $(VENV)/.installed
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin
+
+.PHONY: help setup browser demo test test-core test-host test-server lint format clean
+
+help:
+	@echo "make setup        environment, a ComfyUI to test with, a browser"
+	@echo "make demo         a video through a real ComfyUI server, on tiny random weights"
+	@echo "                    HELIOS_MODELS=<ComfyUI models folder>  real weights instead"
+	@echo "                    HELIOS_WORKFLOW=<json>                 another workflow (UI or API format)"
+	@echo "make test         all tests; also test-core, test-host, test-server"
+	@echo "                    BROWSER=0                              without the browser tests"
+	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
+	@echo "                                                           VENV name its requirements and environment"
+	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
+	@echo "make clean        remove the environment and everything that was built"
+
+setup: $(ENVIRONMENT) $(HOST) browser
+
+$(ENVIRONMENT): requirements.txt tests/requirements/common.txt $(HOST_REQUIREMENTS) scripts/setup_env.sh
+	scripts/setup_env.sh "$(PYTHON)" "$(VENV)" "$(HOST_REQUIREMENTS)"
+	@touch $@
+
+build/comfyui/.complete: scripts/setup_host.sh | $(ENVIRONMENT)
+	scripts/setup_host.sh "$(PY)" build/comfyui
+
+browser: $(ENVIRONMENT)
+ifneq ($(BROWSER),0)
+	@$(PY) scripts/setup_browser.py
+endif
+
+demo: $(ENVIRONMENT) $(HOST)
+	@$(PY) scripts/demo.py
+
+test: setup
+	@$(PY) scripts/run_tests.py core host server
+
+test-core: $(ENVIRONMENT)
+	@$(PY) scripts/run_tests.py core
+
+test-host: $(ENVIRONMENT) $(HOST)
+	@$(PY) scripts/run_tests.py host
+
+test-server: setup
+	@$(PY) scripts/run_tests.py server
+
+# nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
+lint: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/typing && ln -sfn ../.. build/typing/comfyui_helios
+	MYPYPATH=build/typing $(BIN)/mypy -p comfyui_helios.helios_core -p comfyui_helios.nodes
+	MYPYPATH=.:tests $(BIN)/mypy --explicit-package-bases --follow-imports silent --cache-dir build/mypy-scripts scripts tests/harness
+
+format: $(ENVIRONMENT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache

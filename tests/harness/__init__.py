@@ -1,0 +1,1 @@
+"""Real ComfyUI servers and pages, driven from tests, the demo and benchmarks."""

@@ -1,0 +1,150 @@
+"""Drive ComfyUI's own page in a real Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Page as BrowserPage
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]  # root in a container has no sandbox
+NO_BROWSER = (
+    "There is no Chromium here: none of " + ", ".join(CHROMIUM_NAMES) + " on PATH, and none of Playwright's own. "
+    "Run `make setup`, install one, or leave the browser tests out with `make test BROWSER=0`."
+)
+
+# The page's settings before the first visit: no tutorial, nothing restored, nothing in the picture but the graph.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.UseNewMenu": "Top",
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Workflow.Persist": False,
+}
+
+READY = """types => !!(window.app?.extensionManager && window.app.graph && window.app.vueAppReady !== false
+    && types.every(type => window.LiteGraph?.registered_node_types[type]))"""
+
+STATE = """() => JSON.stringify({
+    nodes: app.graph.nodes.map(node => ({
+        id: String(node.id), type: node.type, title: node.title, errors: !!node.has_errors,
+        missing: !LiteGraph.registered_node_types[node.type],
+        widgets: Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value])),
+    })),
+    links: [...app.graph.links.values()].length,
+})"""
+
+# Listens before it queues. The result of app.queuePrompt() is no signal: frontend 1.32 answers false for an accepted
+# workflow, later ones true. A rejected one starts nothing, so it is caught where the page posts it.
+RUN = """limit => new Promise((resolve, reject) => {
+    const timer = setTimeout(() => reject(new Error(`no end of execution within ${limit} ms`)), limit)
+    const end = (kind, detail) => { clearTimeout(timer); resolve(JSON.stringify({kind, detail})) }
+    for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(kind, event => end(kind, event.detail), {once: true})
+    const post = app.api.queuePrompt
+    app.api.queuePrompt = async function (...args) {
+        try { return await post.apply(this, args) }
+        catch (error) { end('rejected', error.response ?? String(error)); throw error }
+        finally { app.api.queuePrompt = post }
+    }
+    app.queuePrompt(0).catch(() => {})
+})"""
+
+
+def find_chromium() -> str | None:
+    """Path of a Chromium: one on PATH, or the one that `playwright install chromium` has put in place."""
+    for name in CHROMIUM_NAMES:
+        if path := shutil.which(name):
+            return path
+    with sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if os.access(path, os.X_OK) else None
+
+
+def write_settings(base: Path, **more: Any) -> None:
+    """Give the page of a server its settings; call before the server starts. base: the server's base folder."""
+    target = base / "user" / "default" / "comfy.settings.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({**SETTINGS, **more}))
+
+
+class Page:
+    """ComfyUI's page. errors: uncaught exceptions of its scripts. failed: (status, address) of requests that failed."""
+
+    def __init__(self, page: BrowserPage, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.errors: list[str] = []
+        self.failed: list[tuple[int, str]] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("response", lambda r: self.failed.append((r.status, r.url)) if r.status >= 400 else None)
+
+    def open(self, *types: str, timeout: float = 60_000) -> Page:
+        """Visit the server's page and wait (ms) until it knows the given node types."""
+        self.page.goto(self.url, wait_until="domcontentloaded", timeout=timeout)
+        self.page.wait_for_function(READY, arg=list(types), timeout=timeout)
+        return self
+
+    def load(self, workflow: dict[str, Any]) -> dict[str, Any]:
+        """Load a UI-format workflow, fit it into the view and return `state()`."""
+        self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        return self.state()
+
+    def load_api(self, workflow: dict[str, Any]) -> dict[str, Any]:
+        """Load an API-format workflow and return it in UI format."""
+        self.page.evaluate("workflow => app.loadApiJson(workflow, 'from api')", workflow)
+        return dict(json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())")))
+
+    def state(self) -> dict[str, Any]:
+        """{"nodes": [{id, type, title, errors, missing, widgets}], "links": count} of the graph that is shown."""
+        return dict(json.loads(self.page.evaluate(STATE)))
+
+    def to_api(self) -> dict[str, Any]:
+        """The graph that is shown, in API format."""
+        script = "async () => JSON.stringify((await app.graphToPrompt()).output)"
+        return dict(json.loads(self.page.evaluate(script)))
+
+    def warnings(self) -> list[str]:
+        """What the page warns a person with: a dialog in frontend 1.32, an overlay in later ones."""
+        texts = self.page.locator("text=/missing (node|model)/i").all_inner_texts()
+        return [text for text in texts if text.strip()]
+
+    def run(self, timeout: float = 60_000) -> dict[str, Any]:
+        """Queue the graph and wait (ms) for its end: {"kind": "execution_success" | "rejected" | ..., "detail"}."""
+        return dict(json.loads(self.page.evaluate(RUN, timeout)))
+
+    def picture(self, target: Path) -> None:
+        """Screenshot of the page, as the suffix of `target` says (.jpg or .png)."""
+        self.page.screenshot(path=target)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium. Raises FileNotFoundError where there is none."""
+    path = find_chromium()
+    if not path:
+        raise FileNotFoundError(NO_BROWSER)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_OPTIONS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def open_page(browser: Browser, url: str, *, width: int = 1600, height: int = 900) -> Iterator[Page]:
+    """The server's page in a browser context of its own."""
+    context = browser.new_context(viewport={"width": width, "height": height})
+    try:
+        yield Page(context.new_page(), url).open()
+    finally:
+        context.close()
