@@ -20,7 +20,7 @@ ENVIRONMENT := $(VENV)/.installed
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 
-.PHONY: help setup browser demo test test-core test-host test-server lint format clean
+.PHONY: help setup browser demo test test-core test-host test-server pictures lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -31,6 +31,7 @@ help:
 	@echo "                    BROWSER=0                              without the browser tests"
 	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
 	@echo "                                                           VENV name its requirements and environment"
+	@echo "make pictures     the workflows' pictures anew, from runs in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
 	@echo "make clean        remove the environment and everything that was built"
 
@@ -62,6 +63,10 @@ test-host: $(ENVIRONMENT) $(HOST)
 
 test-server: setup
 	@$(PY) scripts/run_tests.py server
+
+pictures: setup
+	$(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
+	cp build/pictures/*.jpg workflows/
 
 # nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
 lint: $(ENVIRONMENT)

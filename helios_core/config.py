@@ -68,7 +68,8 @@ class TransformerConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
         """Read a `config.json`; keys that are not ours (`_class_name`, ...) are left out."""
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

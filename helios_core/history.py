@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Memory:
 
     latents: Tensor  # (B, 16, layout.frames, H, W), oldest first, zeros where there is no past
     anchor: Tensor | None = None  # (B, 16, 1, H, W); None until the first chunk has set it
-    layout: HistoryLayout = HistoryLayout()
+    layout: HistoryLayout = field(default_factory=HistoryLayout)
 
     @classmethod
     def empty(cls, batch: int, height: int, width: int, layout: HistoryLayout | None = None) -> Memory:
@@ -75,14 +76,17 @@ class Memory:
         layout = layout or HistoryLayout()
         return cls(torch.zeros(batch, LATENT_CHANNELS, layout.frames, height, width), None, layout)
 
-    def to(self, *args, **kwargs) -> Memory:
-        anchor = self.anchor if self.anchor is None else self.anchor.to(*args, **kwargs)
-        return replace(self, latents=self.latents.to(*args, **kwargs), anchor=anchor)
+    def to(self, device: torch.device | str) -> Memory:
+        """The same memory on another device, in float32."""
+        return self._map(lambda x: x.to(device, torch.float32))
 
     def expand(self, batch: int) -> Memory:
         """One past for every item of a batch."""
-        anchor = self.anchor if self.anchor is None else self.anchor.expand(batch, -1, -1, -1, -1)
-        return replace(self, latents=self.latents.expand(batch, -1, -1, -1, -1), anchor=anchor)
+        return self._map(lambda x: x.expand(batch, -1, -1, -1, -1))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Memory:
+        anchor = self.anchor if self.anchor is None else function(self.anchor)
+        return replace(self, latents=function(self.latents), anchor=anchor)
 
     def history(self) -> History:
         """The window for the next chunk."""

@@ -142,16 +142,23 @@ class ConditionEmbedder(nn.Module):
         return embedding.unsqueeze(1), self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
 
 
+class GELU(nn.Module):
+    def __init__(self, width: int, hidden: int, build: Builder):
+        super().__init__()
+        self.proj = build.block_linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
 class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int, build: Builder):
         super().__init__()
-        gelu = nn.Module()
-        gelu.proj = build.block_linear(width, hidden)
-        # The published names are net.0.proj and net.2; net.1 was a dropout.
-        self.net = nn.ModuleList([gelu, nn.Identity(), build.block_linear(hidden, width)])
+        # In the middle there was a dropout: the published names are net.0.proj and net.2.
+        self.net = nn.Sequential(GELU(width, hidden, build), nn.Identity(), build.block_linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net(x)
 
 
 class SelfOrCrossAttention(nn.Module):
@@ -164,11 +171,10 @@ class SelfOrCrossAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (build.block_linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([build.block_linear(width, width)])
         self.norm_q, self.norm_k = (build.rms_norm(width, config.eps) for _ in range(2))
+        self.history_key_scale: nn.Parameter | None = None
         if amplify_history:
             scales = 1 if config.history_scale_mode == "scalar" else self.heads
             self.history_key_scale = nn.Parameter(torch.ones(scales, device=build.device), requires_grad=False)
-        else:
-            self.history_key_scale = None
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

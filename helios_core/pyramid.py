@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 BLOCK = 2  # noise is correlated in blocks of 2 x 2 latents: one latent of the level below
 
 
-def _per_frame(x: Tensor, **interpolation) -> Tensor:
+def _per_frame(x: Tensor, **interpolation: Any) -> Tensor:
     b = x.shape[0]
     frames = F.interpolate(x.transpose(1, 2).flatten(0, 1), **interpolation)
     return frames.unflatten(0, (b, -1)).transpose(1, 2)
@@ -29,7 +31,7 @@ def block_noise(shape: torch.Size, gamma: float, rng: torch.Generator) -> Tensor
     """Noise (B, C, T, H, W) float32 on rng's device, with correlation -gamma inside each 2 x 2 block.
 
     It undoes the blockiness that `double` leaves. The covariance of a block is (1 + gamma) I - gamma J + 1e-8 I, all
-    but singular for gamma = 1/3: its factor depends on the rounding, so the order of these operations is the reference's.
+    but singular for gamma = 1/3: its factor hangs on the rounding, so these operations come in the reference's order.
     """
     b, c, t, h, w = shape
     size = BLOCK * BLOCK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ Solver = Literal["unipc", "euler", "dmd"]
 Guidance = Literal["cfg", "cfg_zero_star"]
 TimeShift = Literal["exponential", "linear"]
 ShiftLevel = Literal["stage", "stage_below"]
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "variant": get_args(Variant),
+    "solver": get_args(Solver),
+    "guidance": get_args(Guidance),
+    "time_shift": (*get_args(TimeShift), None),
+    "shift_level": get_args(ShiftLevel),
+}
 
 SIGMA_MAX = 0.999
 TRAIN_STEPS = 1000
@@ -48,6 +55,9 @@ class Schedule:
     shift_mu: tuple[float, float] = (0.5, 1.15)
 
     def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
         if not self.steps or any(steps < 1 for steps in self.steps):
             raise ValueError(f"Every stage needs at least 1 step, got {self.steps}.")
         if len(self.steps) > 1 and len(self.steps) != len(self.stage_range) - 1:
@@ -89,8 +99,12 @@ class Schedule:
 
     def zero_flow(self, stage: int, step: int) -> bool:
         """Whether CFG-Zero* replaces the flow of this step by zeros."""
-        return self.guided and self.guidance == "cfg_zero_star" and self.zero_init and stage == 0 and (
-            step <= self.zero_steps
+        return (
+            self.guided
+            and self.guidance == "cfg_zero_star"
+            and self.zero_init
+            and stage == 0
+            and (step <= self.zero_steps)
         )
 
 

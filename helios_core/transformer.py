@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -39,19 +39,15 @@ class HeliosTransformer(nn.Module):
         self.config = config
         self.dtype = dtype
         build = Builder(operations, dtype, device)
-        width, patch = config.inner_dim, config.patch_size
-
-        def patchify(pool: int) -> nn.Conv3d:
-            return build.patch_embedding(config.in_channels, width, (patch[0] * pool, patch[1] * pool, patch[2] * pool))
-
-        self.patch_embedding = patchify(1)
-        self.patch_short = patchify(1)
-        self.patch_mid = patchify(MID_POOL)
-        self.patch_long = patchify(LONG_POOL)
+        width, channels = config.inner_dim, config.in_channels
+        self.patch_embedding = build.patch_embedding(channels, width, self.kernel(1))
+        self.patch_short = build.patch_embedding(channels, width, self.kernel(1))
+        self.patch_mid = build.patch_embedding(channels, width, self.kernel(MID_POOL))
+        self.patch_long = build.patch_embedding(channels, width, self.kernel(LONG_POOL))
         self.condition_embedder = ConditionEmbedder(config, build)
         self.blocks = nn.ModuleList([Block(config, build) for _ in range(config.num_layers)])
         self.norm_out = OutputNorm(config, build)
-        self.proj_out = build.linear(width, config.out_channels * math.prod(patch))
+        self.proj_out = build.linear(width, config.out_channels * math.prod(config.patch_size))
 
     def forward(
         self,
@@ -80,14 +76,17 @@ class HeliosTransformer(nn.Module):
             if run_block is None:
                 x = block(x, text, time, rope, attend)
             else:
-                x = run_block(i, block, x, text, time, rope)
+                x = run_block(i, cast(Block, block), x, text, time, rope)
 
         x = self.proj_out(self.norm_out(x[:, history_tokens:], embedding))
         t, h, w = grid
         pt, ph, pw = self.config.patch_size
-        return rearrange(
-            x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
-        )
+        return rearrange(x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+    def kernel(self, pool: int) -> tuple[int, int, int]:
+        """Latents that one token covers where patches are `pool` times coarser."""
+        t, h, w = self.config.patch_size
+        return t * pool, h * pool, w * pool
 
     def token_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens in time, height and width; latents the patch size does not divide are cut, as the convolution does."""
@@ -105,8 +104,7 @@ class HeliosTransformer(nn.Module):
         )
         tokens, tables = [], []
         for embed, latents, frames, pool in parts:
-            kernel = tuple(size * pool for size in self.config.patch_size)
-            padded = pad_to_multiple(latents, kernel) if pool > 1 else latents
+            padded = pad_to_multiple(latents, self.kernel(pool)) if pool > 1 else latents
             tokens.append(embed(padded).flatten(2).transpose(1, 2))
             tables.append(self.rope(frames, grid, pool, latents.device))
         return torch.cat(tokens, dim=1), torch.cat(tables, dim=1)

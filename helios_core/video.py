@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from .history import HistoryLayout, Memory
 class HistorySeed:
     """What a video begins from. Without a memory: from nothing, text-to-video."""
 
-    layout: HistoryLayout = HistoryLayout()
+    layout: HistoryLayout = field(default_factory=HistoryLayout)
     memory: Memory | None = None
     skip_first_chunk: bool = False
 

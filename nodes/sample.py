@@ -59,9 +59,9 @@ class HeliosChunkedSampler(io.ComfyNode):
 
         chunks = samples.shape[2] // CHUNK_LATENTS
         rng = torch.Generator().manual_seed(seed)
-        guider = HeliosGuider(model, schedule)
+        guider = HeliosGuider(model, schedule, memory, chunks, rng, skip_first_chunk=history_seed.skip_first_chunk)
         guider.set_conds(positive, negative)
-        video = guider.generate(memory, chunks, 0, rng, history_seed)
+        video = guider.generate()
         asked = video_state(latent)
         state = VideoState(
             frames=asked.frames if asked else chunks * CHUNK_FRAMES,

@@ -5,6 +5,7 @@ Apart, because `core` must pass where no ComfyUI can be imported, and ComfyUI's 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -21,7 +22,9 @@ def run(suite: str) -> tuple[int, Counter[str]]:
     report = REPORTS / f"{suite}.xml"
     report.unlink(missing_ok=True)
     command = [str(Path(sys.executable).with_name("pytest")), "-c", "tests/pytest.ini", "--rootdir", "tests"]
-    status = subprocess.run([*command, f"--junitxml={report}", f"tests/{suite}"], cwd=ROOT).returncode
+    # One thread: on networks this small, threads mostly wait for each other.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    status = subprocess.run([*command, f"--junitxml={report}", f"tests/{suite}"], cwd=ROOT, env=env).returncode
     counts: Counter[str] = Counter()
     if report.is_file():
         for case in ElementTree.parse(report).iter("testcase"):

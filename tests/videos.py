@@ -3,15 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import oracle
 import torch
+from diffusers import HeliosScheduler
+
+import oracle
 from comfyui_helios.helios_core.config import SPATIAL_SCALE, TransformerConfig
 from comfyui_helios.helios_core.generate import generate
 from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID, Schedule, dynamic_shift_mu
 from comfyui_helios.helios_core.transformer import HeliosTransformer
-from diffusers import HeliosScheduler
 
 TOLERANCE = 2e-5  # of the largest absolute value
 CHUNKS = 3

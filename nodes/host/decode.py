@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import comfy.utils
@@ -28,17 +29,20 @@ def decode_chunks(latent: dict[str, Any], vae: Any, trim: bool) -> Tensor:
     state = video_state(latent)
     frames = state.frames if trim and state else chunks * CHUNK_FRAMES
 
-    images = None
     bar = comfy.utils.ProgressBar(batch * chunks)
-    for item in range(batch):
-        for chunk in range(chunks):
-            check_interrupt()
-            part = samples[item : item + 1, :, chunk * CHUNK_LATENTS : (chunk + 1) * CHUNK_LATENTS]
-            pixels = vae.decode(part)[0]  # (33, 8H, 8W, 3)
-            if images is None:
-                images = torch.empty((batch * frames, *pixels.shape[1:]), dtype=pixels.dtype, device=pixels.device)
-            start = chunk * CHUNK_FRAMES
-            kept = pixels[: frames - start]
-            images[item * frames + start : item * frames + start + len(kept)] = kept
-            bar.update(1)
-    return images
+
+    def decode(item: int, chunk: int) -> Tensor:
+        check_interrupt()
+        part = samples[item : item + 1, :, chunk * CHUNK_LATENTS : (chunk + 1) * CHUNK_LATENTS]
+        pixels = vae.decode(part)[0]  # (33, 8H, 8W, 3)
+        bar.update(1)
+        return pixels[: frames - chunk * CHUNK_FRAMES]
+
+    first = decode(0, 0)
+    images = torch.empty((batch, frames, *first.shape[1:]), dtype=first.dtype, device=first.device)
+    images[0, : len(first)] = first
+    del first
+    for item, chunk in itertools.islice(itertools.product(range(batch), range(chunks)), 1, None):
+        start = chunk * CHUNK_FRAMES
+        images[item, start : start + CHUNK_FRAMES] = decode(item, chunk)
+    return images.flatten(0, 1)

@@ -16,7 +16,6 @@ from ...helios_core.generate import PredictFlow, generate
 from ...helios_core.guidance import cfg, projection
 from ...helios_core.history import History, Memory
 from ...helios_core.schedule import Schedule, stages
-from ...helios_core.video import HistorySeed
 from .model import FlowSampling, HeliosModel, history_conds
 from .progress import SamplingProgress
 
@@ -30,48 +29,60 @@ UNSUPPORTED = {
 
 
 class HeliosGuider(comfy.samplers.CFGGuider):
-    """Denoises a whole video of `chunks` chunks in one run of the host's sampling machinery."""
+    """Denoises `chunks` chunks that follow on `memory`, in one run of the host's sampling machinery.
 
-    def __init__(self, model_patcher: Any, schedule: Schedule):
+    Afterwards `memory` (on the CPU) is what a next chunk would follow on.
+    """
+
+    conds: dict[str, list[dict[str, Any]]]  # by the host: processed, per prompt
+
+    def __init__(
+        self,
+        model_patcher: Any,
+        schedule: Schedule,
+        memory: Memory,
+        chunks: int,
+        rng: torch.Generator,
+        *,
+        first_index: int = 0,
+        skip_first_chunk: bool = False,
+    ):
         super().__init__(model_patcher)
-        self.schedule = schedule
         self.set_cfg(schedule.guidance_scale)
+        self.schedule, self.memory, self.chunks, self.rng = schedule, memory, chunks, rng
+        self.first_index, self.skip_first_chunk = first_index, skip_first_chunk
 
-    def generate(self, memory: Memory, chunks: int, first_index: int, rng: torch.Generator, seed: HistorySeed) -> Tensor:
-        """Video latents (B, 16, 9 * chunks, H, W) in VAE space, float32, on the host's intermediate device.
-
-        `self.memory` is then the memory (on the CPU) that a next chunk would follow on.
-        """
-        self.memory, self.chunks, self.first_index, self.rng, self.history_seed = memory, chunks, first_index, rng, seed
-        b, _, _, height, width = memory.latents.shape
+    def generate(self) -> Tensor:
+        """Latents (B, 16, 9 * chunks, H, W) in VAE space, float32, on the host's intermediate device."""
+        b, _, _, height, width = self.memory.latents.shape
         # The host sizes memory by the noise it is given: one chunk, however long the video. Noise is drawn in the loop.
         noise = torch.zeros((b, LATENT_CHANNELS, CHUNK_LATENTS, height, width))
         plan = stages(self.schedule, height, width, first_chunk=False)
-        sigmas = torch.cat([*(stage.timesteps for stage in plan), torch.zeros(1)]).float()
-        return self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=rng.initial_seed())
+        timesteps = torch.cat([*(stage.timesteps for stage in plan), torch.zeros(1)]).float()
+        return self.sample(noise, torch.zeros_like(noise), None, timesteps, seed=self.rng.initial_seed())
 
-    def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kw):
-        """Runs where the host would run a sampler; see `CFGGuider.outer_sample`."""
-        # Newer hosts pass latent_shapes and expect it to reach process_conds.
+    def inner_sample(
+        self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **newer
+    ) -> Tensor:
+        """Where the host would run a sampler on the loaded model; called by `CFGGuider.sample`."""
         self.conds = comfy.samplers.process_conds(
-            self.inner_model, noise, self.conds, device, latent_image, denoise_mask, seed, **kw
+            self.inner_model, noise, self.conds, device, latent_image, denoise_mask, seed, **newer
         )
         self.options = comfy.model_patcher.create_model_options_clone(self.model_options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
 
         b, channels, frames, height, width = noise.shape
-        video = torch.empty(
-            (b, channels, frames * self.chunks, height, width), device=comfy.model_management.intermediate_device()
-        )
+        intermediate = comfy.model_management.intermediate_device()
+        video = torch.empty((b, channels, frames * self.chunks, height, width), device=intermediate)
         steps = sum(self.schedule.steps_in_chunk(self.first_index + i) for i in range(self.chunks))
         loop = generate(
             self.bind_chunk,
             self.schedule,
-            self.memory.to(device=device, dtype=torch.float32),
+            self.memory.to(device),
             self.chunks,
             self.rng,
             first_index=self.first_index,
-            skip_first_chunk=self.history_seed.skip_first_chunk,
+            skip_first_chunk=self.skip_first_chunk,
             on_step=SamplingProgress(self.model_patcher, steps),
         )
         for i, chunk in enumerate(loop):
@@ -81,6 +92,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         return video
 
     def bind_chunk(self, index: int, history: History) -> PredictFlow:
+        """Predict with this history: the chunk's conds are the host's with its tensors added."""
         extra = history_conds(history, self.memory.layout)
         self.chunk_conds = {
             name: [{**cond, "model_conds": {**cond["model_conds"], **extra}} for cond in conds]
@@ -94,7 +106,9 @@ class HeliosGuider(comfy.samplers.CFGGuider):
 
         return predict
 
-    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed=None) -> Tensor:
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed=None
+    ) -> Tensor:
         """The guided flow at x (B, 16, 9, h, w); called through the MODEL's PREDICT_NOISE wrappers."""
         options = model_options or {}
         positive, negative = self.chunk_conds["positive"], self.chunk_conds.get("negative")
@@ -155,7 +169,12 @@ def check_sampling(model_patcher: Any, positive: list, negative: list, latents: 
                 f"The {name} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
                 "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
             )
-    if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS or latents.shape[2] % CHUNK_LATENTS or not latents.numel():
+    if (
+        latents.ndim != 5
+        or latents.shape[1] != LATENT_CHANNELS
+        or latents.shape[2] % CHUNK_LATENTS
+        or not latents.numel()
+    ):
         raise ValueError(
             f"The LATENT has the shape {tuple(latents.shape)}; expected (batch, {LATENT_CHANNELS}, a multiple of "
             f"{CHUNK_LATENTS}, height / 8, width / 8). Make it with Helios History Injection."

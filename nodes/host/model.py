@@ -46,7 +46,7 @@ class HeliosNetwork(HeliosTransformer):
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, device: Any = None, operations: Any = None, **_):
         super().__init__(config, dtype=dtype, device=device, operations=operations)
 
-    def forward(
+    def forward(  # type: ignore[override]  # the host calls it by these names
         self,
         x: Tensor,
         timestep: Tensor,
@@ -56,9 +56,7 @@ class HeliosNetwork(HeliosTransformer):
         **kwargs: Any,
     ) -> Tensor:
         options = dict(transformer_options or {})
-        wrappers = comfy.patcher_extension.get_all_wrappers(
-            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
-        )
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._predict, self, wrappers)
         return executor.execute(x, timestep, context, control, options, **kwargs)
 
@@ -176,6 +174,8 @@ def history_conds(history: History, layout: HistoryLayout) -> dict[str, comfy.co
 
 def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype weights are kept in. `auto` asks the host, which prefers bf16 wherever the device can."""
+    if choice not in DTYPE_CHOICES:  # the host (0.3.75) lets any value of a V3 combo pass
+        raise ValueError(f"dtype must be one of {', '.join(DTYPE_CHOICES)}, got {choice!r}.")
     if choice != "auto":
         return DTYPES[choice]
     stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
@@ -198,9 +198,7 @@ def load_model(path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = F
     offload_device = management.unet_offload_device()
 
     config = HeliosModelConfig({"image_model": "helios", "config": checkpoint.config})
-    config.set_inference_dtype(
-        weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES)
-    )
+    config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES))
     model = config.get_model(None, device="meta")
     model.variant = checkpoint.variant
     targets = {name: parameter.dtype for name, parameter in model.diffusion_model.named_parameters()}

@@ -25,7 +25,7 @@ def find_folder(name: str) -> Path:
     folders = _folders()
     if name not in folders:
         raise ValueError(
-            f"There is no Helios folder {name!r} below models/diffusers. Found: {', '.join(sorted(folders)) or 'none'}. "
+            f"No Helios folder {name!r} below models/diffusers; found: {', '.join(sorted(folders)) or 'none'}. "
             "Put a copy of BestWishYsh/Helios-Distilled there (model_index.json, scheduler, text_encoder, tokenizer, "
             "transformer, vae)."
         )
@@ -43,7 +43,7 @@ def read_schedule(folder: Path) -> Schedule:
 
 
 def _folders() -> dict[str, Path]:
-    found = {}
+    found: dict[str, Path] = {}
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
         for parent, names, _ in os.walk(root, followlinks=True):
             path = Path(parent)

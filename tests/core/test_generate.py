@@ -3,14 +3,26 @@
 from dataclasses import replace
 from functools import partial
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from comfyui_helios.helios_core import generate as loop
 from comfyui_helios.helios_core import history, schedule
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
-from videos import CASES, CHUNKS, TOLERANCE, Case, below, difference, guided, our_transformer, our_video, reference_video
+from videos import (
+    CASES,
+    CHUNKS,
+    TOLERANCE,
+    Case,
+    below,
+    difference,
+    guided,
+    our_transformer,
+    our_video,
+    reference_video,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,9 @@ def test_equals_the_reference_in_batches(models, name):
 def shift_long_indices(monkeypatch):
     right = HistoryLayout.indices.fget
     monkeypatch.setattr(
-        HistoryLayout, "indices", property(lambda self: replace(right(self), long=tuple(i + 1 for i in right(self).long)))
+        HistoryLayout,
+        "indices",
+        property(lambda self: replace(right(self), long=tuple(i + 1 for i in right(self).long))),
     )
 
 
@@ -131,7 +145,7 @@ def test_a_mistake_shows(models, monkeypatch, mutate, name):
 
 def test_bf16_run_is_no_worse_than_the_references(models):
     """A whole distilled run in bf16, ours and the reference's, against the float32 result."""
-    reference, ours = models
+    _, ours = models
     case = Case(below(DISTILLED, amplify_first_chunk=False))
     positive, negative = oracle.prompts()
     exact = our_video(case, guided(ours, case.schedule, positive, negative))

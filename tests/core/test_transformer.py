@@ -2,9 +2,10 @@
 
 import math
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.transformer import HeliosTransformer

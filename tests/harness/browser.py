@@ -27,6 +27,9 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Workflow.Persist": False,
+    # Text of nodes is drawn at any zoom.
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 
 READY = """types => !!(window.app?.extensionManager && window.app.graph && window.app.vueAppReady !== false
@@ -40,6 +43,17 @@ STATE = """() => JSON.stringify({
     })),
     links: [...app.graph.links.values()].length,
 })"""
+
+ONLY_GRAPH = "* { visibility: hidden } canvas, .dom-widget, .dom-widget * { visibility: visible !important }"
+
+GRAPH_BOX = """() => { const {scale, offset} = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect()
+    const nodes = app.graph.nodes, title = 40, margin = 20
+    const left = Math.min(...nodes.map(n => n.pos[0])) - margin
+    const top = Math.min(...nodes.map(n => n.pos[1])) - margin - title
+    const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + margin
+    const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + margin
+    return [canvas.x + (left + offset[0]) * scale, canvas.y + (top + offset[1]) * scale,
+            (right - left) * scale, (bottom - top) * scale] }"""
 
 # Listens before it queues. The result of app.queuePrompt() is no signal: frontend 1.32 answers false for an accepted
 # workflow, later ones true. A rejected one starts nothing, so it is caught where the page posts it.
@@ -122,8 +136,13 @@ class Page:
         return dict(json.loads(self.page.evaluate(RUN, timeout)))
 
     def picture(self, target: Path) -> None:
-        """Screenshot of the page, as the suffix of `target` says (.jpg or .png)."""
-        self.page.screenshot(path=target)
+        """Screenshot of the graph without the page around it, as the suffix of `target` says (.jpg or .png)."""
+        style = self.page.add_style_tag(content=ONLY_GRAPH)
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        self.page.wait_for_timeout(1000)  # the view glides there
+        x, y, width, height = self.page.evaluate(GRAPH_BOX)
+        self.page.screenshot(path=target, clip={"x": x, "y": y, "width": width, "height": height})
+        style.evaluate("style => style.remove()")
 
 
 @contextmanager

@@ -15,6 +15,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "tiny.py"
 
 def make_tiny_models(models: Path) -> Path:
     """Write models/diffusers/Helios-{Base,Mid,Distilled}; leaves in place what the present tests/tiny.py has made."""
+    for name in ("diffusion_models", "text_encoders", "vae", "upscale_models"):
+        (models / name).mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
     for variant in VARIANTS:
         folder = models / "diffusers" / f"Helios-{variant.capitalize()}"

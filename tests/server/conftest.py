@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser
 
 from harness.browser import Page, chromium, open_page, write_settings
-from harness.host import Host
+from harness.client import run_workflow
+from harness.host import ROOT, Host
 from harness.models import make_tiny_models
 
 
@@ -25,6 +30,29 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
     write_settings(base)
     with Host(base, models=models) as host:
         yield host
+
+
+@pytest.fixture(scope="session")
+def single_files(server: Host, models: Path) -> Path:
+    """What helios_t2v_distilled_files.json names, made of the tiny folder: by our converter, and by the host."""
+    folder = models / "diffusers" / "Helios-Distilled"
+    target = models / "diffusion_models" / "helios_distilled_bf16.safetensors"
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), folder, target], check=True)
+    graph = {
+        "1": {"class_type": "HeliosDiffusersLoader", "inputs": {"folder": "Helios-Distilled", "dtype": "auto"}},
+        "2": {"class_type": "VAESave", "inputs": {"vae": ["1", 2], "filename_prefix": "vae/tiny"}},
+    }
+    run_workflow(server.url, graph)
+    [saved] = (server.output / "vae").glob("tiny*.safetensors")
+    shutil.copy(saved, models / "vae" / "wan_2.1_vae.safetensors")
+    # Only its name is read: the page looks for it.
+    (models / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors").touch()
+    return models
+
+
+@pytest.fixture(scope="session")
+def info(server: Host, single_files: Path) -> dict[str, Any]:
+    return dict(server.get("/object_info"))
 
 
 @pytest.fixture(scope="session")

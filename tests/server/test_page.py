@@ -1,0 +1,76 @@
+"""Our workflows in ComfyUI's own page: they open, run and play, and look like their pictures."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from harness.small import ROOT, SMALL, WORKFLOWS, read_workflow
+
+pytestmark = pytest.mark.browser
+PICTURES = ROOT / "build" / "pictures"
+
+SET_WIDGETS = """values => { const before = {}
+    for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
+        if (widget.name in values) { before[widget.name] = widget.value; widget.value = values[widget.name] }
+    return JSON.stringify(before) }"""
+PLAY = """async () => { const video = document.querySelector('video')
+    if (!video) return JSON.stringify({found: false})
+    video.muted = true
+    await video.play()
+    const from = video.currentTime
+    await new Promise(resolve => setTimeout(resolve, 1000))
+    return JSON.stringify({found: true, duration: video.duration, width: video.videoWidth,
+                           moved: video.currentTime !== from, error: video.error?.message ?? null}) }"""
+# The host's CLIPLoader builds UMT5-XXL; see harness.small.
+BORROW_CLIP = """() => { const old = app.graph.nodes.find(node => node.type === 'CLIPLoader')
+    if (!old) return
+    const folder = LiteGraph.createNode('HeliosDiffusersLoader')
+    app.graph.add(folder)
+    folder.connect(1, app.graph.nodes.find(node => node.type === 'HeliosTextEncode'), 'clip')
+    folder.widgets.find(widget => widget.name === 'folder').value = 'Helios-Distilled'
+    old.mode = 2; return folder.id }"""
+RETURN_CLIP = """id => { const old = app.graph.nodes.find(node => node.type === 'CLIPLoader')
+    if (!old) return
+    old.mode = 0
+    old.connect(0, app.graph.nodes.find(node => node.type === 'HeliosTextEncode'), 'clip')
+    app.graph.remove(app.graph.getNodeById(id)) }"""
+
+
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+def test_a_workflow_opens_runs_and_plays(page, single_files, name):
+    workflow = read_workflow(name)
+    page.open()
+    state = page.load(workflow)
+    assert len(state["nodes"]) == len(workflow["nodes"])
+    assert state["links"] == len(workflow["links"])
+    assert not [node["type"] for node in state["nodes"] if node["missing"] or node["errors"]]
+    assert page.warnings() == []
+    shown = {key: value for node in state["nodes"] for key, value in node["widgets"].items()}
+    assert (shown["width"], shown["height"], shown["frames"], shown["fps"]) == (640, 384, 264, 24)
+
+    borrowed = page.page.evaluate(BORROW_CLIP)
+    before = json.loads(page.page.evaluate(SET_WIDGETS, {**SMALL, "seed": 1}))
+    result = page.run(120_000)
+    assert result["kind"] == "execution_success", result
+    page.page.evaluate(SET_WIDGETS, before)
+    page.page.evaluate(RETURN_CLIP, borrowed)
+
+    page.page.wait_for_selector("video", timeout=20_000, state="attached")
+    played = json.loads(page.page.evaluate(PLAY))
+    assert played["found"] and played["moved"] and played["error"] is None, played
+    assert played["duration"] == pytest.approx(66 / 24, abs=0.1)
+    assert played["width"] == SMALL["width"]
+    assert page.errors == []
+
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.picture(PICTURES / f"{name}.jpg")
+    taken, kept = (Image.open(folder / f"{name}.jpg") for folder in (PICTURES, ROOT / "workflows"))
+    # Fonts and colours vary with the browser; nodes at other places would change the proportions.
+    assert kept.width / kept.height == pytest.approx(taken.width / taken.height, rel=0.05)
+
+
+def test_workflows_are_listed_as_templates(server):
+    """In the page: Workflow > Browse templates > ComfyUI-Helios."""
+    [names] = [v for k, v in server.get("/api/workflow_templates").items() if "Helios" in k]
+    assert sorted(names) == [path.stem for path in WORKFLOWS]

@@ -1,0 +1,196 @@
+"""Our workflows on a real server: videos, progress, previews, interruption, seeds, caching and errors."""
+
+import io
+import re
+
+import av
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from harness.client import ExecutionFailed, ExecutionInterrupted, PromptRejected, run_workflow
+from harness.host import Host
+from harness.small import WORKFLOWS, find, small_api, with_latents
+
+DISTILLED = "helios_t2v_distilled"
+
+
+def video(server, run):
+    [file] = run.files()
+    with av.open(str(server.output / file["subfolder"] / file["filename"])) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return frames, float(stream.average_rate)
+
+
+def latents(server, run):
+    [file] = run.files()
+    return load_file(server.output / file["subfolder"] / file["filename"])["latent_tensor"]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+def test_a_workflow_gives_whole_chunks(server, info, name):
+    frames, fps = video(server, run_workflow(server.url, small_api(name, info)))
+    assert (len(frames), frames[0].shape, fps) == (66, (64, 128, 3), 24)
+    assert frames[0].std() > 5  # a picture,
+    assert abs(frames[40].astype(int) - frames[50]).mean() > 5  # and it moves
+
+
+def test_trim_gives_the_frames_asked_for(server, info):
+    frames, _ = video(server, run_workflow(server.url, small_api(DISTILLED, info, trim=True)))
+    assert len(frames) == 40
+
+
+def test_chains_with_the_hosts_own_nodes(server, info, models):
+    """Frames through an upscale model and back to their size."""
+    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
+
+    torch.manual_seed(0)
+    upscaler = SRVGGNetCompact(num_feat=8, num_conv=2, upscale=2)
+    save_file(upscaler.state_dict(), models / "upscale_models" / "tiny_2x.safetensors")
+    api = small_api(DISTILLED, info, frames=33)
+    images = [find(api, "HeliosChunkedVAEDecode"), 0]
+    api |= {
+        "u1": {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "tiny_2x.safetensors"}},
+        "u2": {"class_type": "ImageUpscaleWithModel", "inputs": {"upscale_model": ["u1", 0], "image": images}},
+        "u3": {
+            "class_type": "ImageScaleBy",
+            "inputs": {"image": ["u2", 0], "upscale_method": "bilinear", "scale_by": 0.5},
+        },
+    }
+    api[find(api, "CreateVideo")]["inputs"]["images"] = ["u3", 0]
+    frames, _ = video(server, run_workflow(server.url, api))
+    assert (len(frames), frames[0].shape) == (33, (64, 128, 3))
+
+
+def test_progress_runs_once_over_all_steps_with_previews(server, info):
+    api = small_api(DISTILLED, info, seed=100)
+    run = run_workflow(server.url, api)
+    sampler = find(api, "HeliosChunkedSampler")
+    ticks = [tick for tick in run.progress if tick.node == sampler]
+    assert {tick.maximum for tick in ticks} == {12 + 6}  # the first chunk is amplified
+    values = [tick.value for tick in ticks]
+    assert values == sorted(set(values))
+    assert values[-1] == 18
+    during = [preview for preview in run.previews if preview.seconds <= ticks[-1].seconds + 0.5]
+    assert len(during) >= 9  # the server sends the newest only when it cannot keep up
+    pictures = [Image.open(io.BytesIO(preview.image)).convert("RGB") for preview in during]
+    assert len({picture.tobytes() for picture in pictures}) >= len(pictures) // 2
+
+
+def test_interrupting_stops_within_a_step_and_the_next_run_is_right(server, info):
+    expected = latents(server, run_workflow(server.url, with_latents(small_api(DISTILLED, info, seed=7), "whole")))
+    # At full size a step takes long against the message that asks to stop.
+    long = with_latents(small_api("helios_t2v_base", info, width=640, height=384, frames=330, seed=7), "cut")
+    sampler, pressed = find(long, "HeliosChunkedSampler"), []
+
+    def press(event):
+        if event.kind == "progress" and event.data["node"] == sampler and not pressed:
+            pressed.append(event.data["value"])
+            server.interrupt()
+
+    with pytest.raises(ExecutionInterrupted) as caught:
+        run_workflow(server.url, long, on_event=press)
+    assert max(tick.value for tick in caught.value.run.progress if tick.node == sampler) - pressed[0] <= 1
+    again = with_latents(small_api(DISTILLED, info, seed=7), "again")
+    assert torch.equal(latents(server, run_workflow(server.url, again)), expected)
+
+
+def test_same_seed_same_latents_twice_and_across_restarts(server, info, models, tmp_path):
+    def run(host, seed, prefix):
+        return latents(host, run_workflow(host.url, with_latents(small_api(DISTILLED, info, seed=seed), prefix)))
+
+    first, other, second = (run(server, seed, f"seed{i}") for i, seed in enumerate((11, 12, 11)))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    with Host(tmp_path, models=models) as restarted:
+        assert torch.equal(run(restarted, 11, "restarted"), first)
+
+
+def test_unchanged_loaders_and_prompts_do_not_run_again(server, info):
+    api = with_latents(small_api(DISTILLED, info, seed=21), "cache")
+    run_workflow(server.url, api)
+    api[find(api, "HeliosChunkedSampler")]["inputs"]["seed"] = 22
+    assert run_workflow(server.url, api).executed() == [find(api, "HeliosChunkedSampler"), "save"]
+
+
+def good_run(server, info, seed):
+    frames, _ = video(server, run_workflow(server.url, small_api(DISTILLED, info, frames=33, seed=seed)))
+    assert len(frames) == 33
+
+
+def broken(models, kind):
+    """A single file that is not a whole Helios transformer."""
+    source = models / "diffusion_models" / "helios_distilled_bf16.safetensors"
+    target = source.with_name(f"{kind}.safetensors")
+    whole = load_file(source)
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+    if kind == "truncated":
+        target.write_bytes(source.read_bytes()[:-100])
+    elif kind == "no_safetensors":
+        target.write_bytes(b"PK\x03\x04 this is a zip file" * 10)
+    elif kind == "missing":
+        save_file({k: v for k, v in whole.items() if ".attn2." not in k}, target, metadata)
+    elif kind == "unexpected":
+        save_file({**whole, "blocks.0.extra.weight": torch.zeros(3)}, target, metadata)
+    elif kind == "wan":
+        save_file({"blocks.0.self_attn.q.weight": torch.zeros(8, 8), "patch_embedding.weight": torch.zeros(8)}, target)
+    return target.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "truncated|cut|bytes"),
+        ("no_safetensors", "safetensors"),
+        ("missing", r"missing.*attn2"),
+        ("unexpected", r"unexpected.*blocks\.0\.extra\.weight|blocks\.0\.extra\.weight"),
+        ("wan", "Wan 2.1"),
+    ],
+)
+def test_a_bad_file_is_explained_and_the_server_goes_on(server, models, info, kind, message):
+    name = broken(models, kind)
+    api = small_api("helios_t2v_distilled_files", server.get("/object_info"), model_name=name)
+    with pytest.raises(ExecutionFailed, match=rf"(?is)HeliosModelLoader.*{name}.*({message})"):
+        run_workflow(server.url, api)
+    good_run(server, info, seed=hash(kind) % 1000)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"width": 144}, r"144x64.*nearest that works is 128x64"),
+        ({"height": 80, "width": 64}, r"64x80.*nearest that works is 64x64"),
+    ],
+)
+def test_a_size_the_variant_cannot_make_is_explained_before_anything_loads(server, info, inputs, message):
+    api = with_latents(small_api(DISTILLED, info, **inputs), "never")
+    with pytest.raises(ExecutionFailed, match=message) as caught:
+        run_workflow(server.url, api)
+    assert not [tick for tick in caught.value.run.progress if tick.node == find(api, "HeliosChunkedSampler")]
+    good_run(server, info, seed=31)
+
+
+@pytest.mark.parametrize("inputs", [{"folder": "../../etc"}, {"dtype": "int4"}, {"shift_level": "none"}])
+def test_values_that_are_not_on_the_list_are_named(server, info, inputs):
+    """Newer hosts reject them; 0.3.75 does not look at the lists of V3 nodes."""
+    with pytest.raises((PromptRejected, ExecutionFailed), match=re.escape(*inputs.values())):
+        run_workflow(server.url, small_api(DISTILLED, info, **inputs))
+
+
+@pytest.mark.parametrize("inputs", [{"frames": 0}, {"steps_stage_2": 0}])
+def test_impossible_values_are_rejected_at_once(server, info, inputs):
+    with pytest.raises(PromptRejected):
+        run_workflow(server.url, small_api(DISTILLED, info, **inputs))
+    good_run(server, info, seed=32)
+
+
+def test_a_contradicting_schedule_warns_on_the_node(server, info):
+    """The distilled model under Base's schedule: it runs, and says that it will look wrong."""
+    api = with_latents(small_api("helios_t2v_base", info, steps=2, frames=33, seed=5), "contradiction")
+    api[find(api, "HeliosDiffusersLoader")]["inputs"]["folder"] = "Helios-Distilled"
+    run_workflow(server.url, api)
+    assert "The model is Helios-Distilled, but the schedule is for Helios-Base" in server.log.read_text()
