@@ -45,7 +45,7 @@ def check_interrupt() -> None:
 def warn(message: str, node_id: str | None = None) -> None:
     """Log a warning and, in a running server, write it onto the node."""
     log.warning(message)
-    server = sys.modules.get("server")  # the host's; there is none outside a running server
-    instance = getattr(server and server.PromptServer, "instance", None)
+    server = sys.modules.get("server")  # the host's; not there unless the server runs
+    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is not None and node_id is not None:
         instance.send_progress_text(message, node_id)
