@@ -68,11 +68,15 @@ def generate(
     b, channels, _, height, width = memory.latents.shape
     schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
     for index in range(first_index, first_index + chunks):
+        if schedule.anti_drift:
+            memory = schedule.anti_drift.correct(memory, rng)
         noise = torch.randn((b, channels, CHUNK_LATENTS, height, width), generator=rng, device=rng.device)
         latents = denoise_chunk(
             bind(index, memory.history()), schedule, noise.to(memory.latents.device), rng, index, on_step
         )
         memory = memory.push(latents, reanchor=skip_first_chunk and index == 1)
+        if schedule.anti_drift:
+            memory = schedule.anti_drift.observe(memory, latents)
         yield Chunk(index, latents, memory)
 
 

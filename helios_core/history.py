@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import CHUNK_LATENTS, HISTORY_SIZES, LATENT_CHANNELS
@@ -62,6 +63,20 @@ class History:
     indices: FrameIndices
 
 
+def keep_last(latents: Tensor, frames: int) -> Tensor:
+    """The last latent frames of (B, 16, T, H, W), with zeros before them if there are not as many."""
+    missing = max(0, frames - latents.shape[2])
+    return F.pad(latents[:, :, max(0, latents.shape[2] - frames) :], (0, 0, 0, 0, missing, 0))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Running averages of a video's chunks, per item and channel."""
+
+    mean: Tensor  # (B, 16)
+    var: Tensor  # (B, 16)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Clean latents of the past, in normalised latent space; its size does not depend on the video's length."""
@@ -69,6 +84,8 @@ class Memory:
     latents: Tensor  # (B, 16, layout.frames, H, W), oldest first, zeros where there is no past
     anchor: Tensor | None = None  # (B, 16, 1, H, W); None until the first chunk has set it
     layout: HistoryLayout = field(default_factory=HistoryLayout)
+    statistics: Statistics | None = None  # kept by anti-drifting
+    drifted: bool = False  # the newest chunk is to be corrected before the next is made
 
     @classmethod
     def empty(cls, batch: int, height: int, width: int, layout: HistoryLayout | None = None) -> Memory:
@@ -82,11 +99,20 @@ class Memory:
 
     def expand(self, batch: int) -> Memory:
         """One past for every item of a batch."""
-        return self._map(lambda x: x.expand(batch, -1, -1, -1, -1))
+        return self._map(lambda x: x.expand(batch, *x.shape[1:]))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Memory:
-        anchor = self.anchor if self.anchor is None else function(self.anchor)
-        return replace(self, latents=function(self.latents), anchor=anchor)
+        s = self.statistics
+        return replace(
+            self,
+            latents=function(self.latents),
+            anchor=None if self.anchor is None else function(self.anchor),
+            statistics=None if s is None else Statistics(function(s.mean), function(s.var)),
+        )
+
+    def with_layout(self, layout: HistoryLayout) -> Memory:
+        """As much of this past as another layout holds; zeros where it would reach further back."""
+        return replace(self, latents=keep_last(self.latents, layout.frames), layout=layout)
 
     def history(self) -> History:
         """The window for the next chunk."""

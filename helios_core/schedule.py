@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import CHUNK_LATENTS, SPATIAL_SCALE, Variant
+from .drift import AntiDrift
 
 Solver = Literal["unipc", "euler", "dmd"]
 Guidance = Literal["cfg", "cfg_zero_star"]
@@ -46,6 +47,7 @@ class Schedule:
     zero_init: bool = False  # CFG-Zero*: predict no flow at all in the first `zero_steps` + 1 steps of stage 0
     zero_steps: int = 1
     amplify_first_chunk: bool = False  # twice the steps in every stage of a video's first chunk
+    anti_drift: AntiDrift | None = None
     # The level whose tokens set a stage's shift. Training and the authors' own inference take the stage's; diffusers
     # (0.42.1) asks before it has upsampled, and so takes the stage below's.
     shift_level: ShiftLevel = "stage"

@@ -1,33 +1,132 @@
-"""What travels between the steps of a graph: how a video begins, and where it stands."""
+"""What travels between the steps of a graph: how a video begins, what is asked of it, and where it stands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from .history import HistoryLayout, Memory
+from .config import CHUNK_LATENTS, SPATIAL_SCALE
+from .history import HistoryLayout, Memory, keep_last
+
+SigmaRange = tuple[float, float]
+NOISE_SIGMAS: SigmaRange = (0.111, 0.135)  # the reference's, for images and videos alike
+
+
+@dataclass(frozen=True)
+class ImageHistory:
+    """Image-to-video: the video begins as if the image had stood still for a chunk. Clean, normalised latents."""
+
+    anchor: Tensor  # (B, 16, 1, H, W), the image
+    last: Tensor  # (B, 16, 1, H, W), the last latent of the image repeated for a chunk
+
+
+@dataclass(frozen=True)
+class VideoHistory:
+    """Video-to-video: the video goes on from another one. Clean, normalised latents."""
+
+    anchor: Tensor  # (B, 16, 1, H, W), its first frame
+    latents: Tensor  # (B, 16, 9k, H, W), its last whole chunks, encoded one by one
 
 
 @dataclass(frozen=True)
 class HistorySeed:
-    """What a video begins from. Without a memory: from nothing, text-to-video."""
+    """What a video begins from; without a source from nothing, text-to-video.
 
+    Images and videos get noise, drawn where sampling starts: the network was trained on histories of its own making.
+    """
+
+    source: ImageHistory | VideoHistory | Memory | None = None
     layout: HistoryLayout = field(default_factory=HistoryLayout)
-    memory: Memory | None = None
     skip_first_chunk: bool = False
+    add_noise: bool = True
+    image_sigmas: SigmaRange = NOISE_SIGMAS
+    video_sigmas: SigmaRange = NOISE_SIGMAS
+    first_index: int = 0  # chunks the video has already; what is done to a first chunk is done once per video
+    rng_state: Tensor | None = None  # of the generator that made them
 
-    def start(self, batch: int, height: int, width: int) -> Memory:
-        """The memory before the first chunk of a video of this size (in latents). ValueError if it does not fit."""
-        if self.memory is None:
+    def __post_init__(self) -> None:
+        for low, high in (self.image_sigmas, self.video_sigmas):
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"Noise sigmas must be 0 <= min <= max <= 1, got min {low} and max {high}.")
+
+    def start(self, batch: int, height: int, width: int, rng: torch.Generator) -> Memory:
+        """The memory before the first chunk of a video of this size (in latents), float32 on the CPU.
+
+        Draws from rng in the reference's order. Raises ValueError for a source of another size.
+        """
+        if self.source is None:
             return Memory.empty(batch, height, width, self.layout)
-        b, _, _, h, w = self.memory.latents.shape
+        shown = self.source.latents if isinstance(self.source, Memory) else self.source.anchor
+        b, _, _, h, w = shown.shape
         if (h, w) != (height, width) or b not in (1, batch):
             raise ValueError(
-                f"The history is {w * 8}x{h * 8} in a batch of {b}, but the video is {width * 8}x{height * 8} in a "
-                f"batch of {batch}. Give both the same size."
+                f"The history is {w * SPATIAL_SCALE}x{h * SPATIAL_SCALE} in a batch of {b}, but the video is "
+                f"{width * SPATIAL_SCALE}x{height * SPATIAL_SCALE} in a batch of {batch}. Give both the same size."
             )
-        return self.memory.expand(batch)
+        if isinstance(self.source, Memory):
+            return self.source.with_layout(self.layout).expand(batch)
+        anchor = _expand(self.source.anchor, batch)
+        if isinstance(self.source, ImageHistory):
+            past = _expand(self.source.last, batch)
+            if self.add_noise:
+                anchor = _noised(anchor, self.image_sigmas, 1, rng)
+                past = _noised(past, self.video_sigmas, 1, rng)
+        else:
+            past = _expand(self.source.latents, batch)
+            if self.add_noise:
+                anchor = _noised(anchor, self.image_sigmas, 1, rng)
+                chunks = past.split(CHUNK_LATENTS, dim=2)
+                past = torch.cat([_noised(chunk, self.video_sigmas, chunk.shape[2], rng) for chunk in chunks], dim=2)
+        return Memory(keep_last(past, self.layout.frames), anchor, self.layout)
+
+
+def _expand(latents: Tensor, batch: int) -> Tensor:
+    return latents.expand(batch, -1, -1, -1, -1)
+
+
+def _noised(latents: Tensor, sigmas: SigmaRange, count: int, rng: torch.Generator) -> Tensor:
+    """Mix noise into (B, 16, T, H, W), by one sigma for all frames or one for each (`count`), uniform in the range."""
+    low, high = sigmas
+    sigma = torch.rand(count, generator=rng, device=rng.device) * (high - low) + low
+    sigma = sigma.view(1, 1, count, 1, 1).to(latents.device)
+    noise = torch.randn(latents.shape, generator=rng, device=rng.device).to(latents.device)
+    return sigma * noise + (1 - sigma) * latents
+
+
+@dataclass(frozen=True)
+class PromptTrack:
+    """Several prompts in a row, each for a number of chunks, blending into the next."""
+
+    embeddings: tuple[Tensor, ...]  # (1, L, D) each
+    chunks: tuple[int, ...]
+    blend: int  # chunks at the start of a prompt that mix it with the one before
+
+    def __post_init__(self) -> None:
+        for number, length in enumerate(self.chunks, start=1):
+            if length <= self.blend:
+                raise ValueError(
+                    f"Prompt {number} lasts {length} chunks of 33 frames, and blending takes {self.blend}: every "
+                    "prompt must last longer than the blend. Lengthen the prompt or shorten the blend."
+                )
+
+    def at(self, index: int) -> Tensor:
+        """The embedding (1, L, D) of a chunk, counted from where the track begins; the last prompt stays.
+
+        The weights of a blend are linspace(0, 1, blend), as in the authors' repository: the first chunk of a new
+        prompt is still all the old one.
+        """
+        start = 0
+        for number, length in enumerate(self.chunks):
+            if index < start + length or number == len(self.chunks) - 1:
+                break
+            start += length
+        new, position = self.embeddings[number], index - start
+        if number == 0 or position >= self.blend:
+            return new
+        weight = torch.linspace(0, 1, self.blend)[position].item()
+        return torch.lerp(self.embeddings[number - 1], new, weight)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS
-from ..helios_core.video import VideoState
+from ..helios_core.config import CHUNK_FRAMES
+from ..helios_core.video import HistorySeed, VideoState
 from .host.compat import schema
 from .host.conditioning import find_history
 from .host.guider import HeliosGuider, check_sampling
@@ -38,17 +38,29 @@ class HeliosChunkedSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="All noise is drawn from it, on the CPU: the same seed gives the same video.",
                 ),
+                io.Combo.Input(
+                    "seed_mode",
+                    options=["continue", "new"],
+                    default="continue",
+                    optional=True,
+                    tooltip=(
+                        "For a video that goes on from `previous`. continue: draw on where it stopped, as if both had "
+                        "been made in one run; the seed is not used. new: start from the seed."
+                    ),
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="Decode it with Helios Chunked VAE Decode.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, schedule, seed) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
         samples = latent["samples"]
-        check_sampling(model, positive, negative, samples, schedule)
+        chunks = check_sampling(model, positive, negative, samples, schedule)
         history_seed = find_history(positive)
-        memory = history_seed.start(samples.shape[0], *samples.shape[-2:])
+        rng = make_rng(history_seed, seed, seed_mode)
+        batch, _, _, height, width = samples.shape
+        memory = history_seed.start(batch, height, width, rng)
         variant = model.model.variant
         if variant not in (None, schedule.variant):
             warn(
@@ -57,19 +69,35 @@ class HeliosChunkedSampler(io.ComfyNode):
                 cls.hidden.unique_id,
             )
 
-        chunks = samples.shape[2] // CHUNK_LATENTS
-        rng = torch.Generator().manual_seed(seed)
-        guider = HeliosGuider(model, schedule, memory, chunks, rng, skip_first_chunk=history_seed.skip_first_chunk)
+        guider = HeliosGuider(
+            model,
+            schedule,
+            memory,
+            chunks,
+            rng,
+            first_index=history_seed.first_index,
+            skip_first_chunk=history_seed.skip_first_chunk,
+        )
         guider.set_conds(positive, negative)
         video = guider.generate()
         asked = video_state(latent)
         state = VideoState(
             frames=asked.frames if asked else chunks * CHUNK_FRAMES,
-            next_chunk=chunks,
+            next_chunk=history_seed.first_index + chunks,
             memory=guider.memory,
             rng_state=rng.get_state(),
         )
         return io.NodeOutput({"samples": video, STATE_KEY: state})
+
+
+def make_rng(history_seed: HistorySeed, seed: int, seed_mode: str) -> torch.Generator:
+    """The generator of a run, on the CPU: the one of the video that goes on, or a new one."""
+    if seed_mode not in ("continue", "new"):
+        raise ValueError(f"seed_mode must be continue or new, got {seed_mode!r}.")
+    rng = torch.Generator().manual_seed(seed)
+    if seed_mode == "continue" and history_seed.rng_state is not None:
+        rng.set_state(history_seed.rng_state)
+    return rng
 
 
 NODES = [HeliosChunkedSampler]

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..helios_core.drift import AntiDrift
 from ..helios_core.schedule import BASE, DISTILLED, MID
 from .host.compat import advanced, schema
 
 HeliosScheduleSocket = io.Custom("HELIOS_SCHEDULE")
 
+DRIFT = AntiDrift()
 STAGE_TOOLTIPS = (
     "Steps at a quarter of the resolution, where the motion is decided.",
     "Steps at half the resolution.",
@@ -47,6 +49,10 @@ def shift_level_input() -> io.Combo.Input:
             "stage_below: as diffusers 0.42 does; choose it to get the very same video as there."
         ),
     )
+
+
+def drift_input(name: str, default: float, tooltip: str, most: float = 1.0) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=most, step=0.01, tooltip=tooltip)
 
 
 def schedule_output() -> list[io.Output]:
@@ -164,4 +170,38 @@ class HeliosDistilledSchedule(io.ComfyNode):
         )
 
 
-NODES = [HeliosBaseSchedule, HeliosPyramidSchedule, HeliosDistilledSchedule]
+class HeliosAntiDrift(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="HeliosAntiDrift",
+            display_name="Helios Anti-Drift",
+            category="Helios/schedule",
+            description=(
+                "Watches the statistics of the chunks, and where one runs away adds a little noise to the history that "
+                "the next one sees, never to the video. Between schedule and sampler."
+            ),
+            search_aliases=["helios", "drift", "long video"],
+            inputs=[
+                HeliosScheduleSocket.Input("schedule"),
+                drift_input("mean_momentum", DRIFT.mean_momentum, "How slowly the average of the means follows."),
+                drift_input("var_momentum", DRIFT.var_momentum, "How slowly the average of the variances follows."),
+                drift_input("mean_threshold", DRIFT.mean_threshold, "Distance of the means that counts as drift.", 10),
+                drift_input(
+                    "var_threshold",
+                    DRIFT.var_threshold,
+                    "Distance of the variances that counts as drift; both must be exceeded.",
+                    10,
+                ),
+                drift_input("strength", DRIFT.strength, "Deviation of the noise that is added to the history."),
+            ],
+            outputs=[HeliosScheduleSocket.Output(display_name="schedule")],
+        )
+
+    @classmethod
+    def execute(cls, schedule, mean_momentum, var_momentum, mean_threshold, var_threshold, strength) -> io.NodeOutput:
+        anti_drift = AntiDrift(mean_momentum, var_momentum, mean_threshold, var_threshold, strength)
+        return io.NodeOutput(replace(schedule, anti_drift=anti_drift))
+
+
+NODES = [HeliosBaseSchedule, HeliosPyramidSchedule, HeliosDistilledSchedule, HeliosAntiDrift]

@@ -48,8 +48,10 @@ CASES = {
 }
 
 
-def reference_video(case: Case, model: Any, positive: torch.Tensor, negative: torch.Tensor, seed: int = SEED):
-    """Latents of diffusers' pipeline."""
+def reference_video(
+    case: Case, model: Any, positive: torch.Tensor, negative: torch.Tensor, frames: int = 33 * CHUNKS, **more: Any
+):
+    """Latents of diffusers' pipeline; what was put into the history comes in front of them."""
     schedule = case.schedule
     scheduler = None
     if schedule.solver == "euler":
@@ -72,10 +74,11 @@ def reference_video(case: Case, model: Any, positive: torch.Tensor, negative: to
         positive,
         negative,
         size=case.size,
-        frames=33 * CHUNKS,
-        seed=seed,
+        frames=frames,
+        seed=SEED,
         guidance_scale=schedule.guidance_scale,
         **settings,
+        **more,
     )
 
 

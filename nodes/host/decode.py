@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import comfy.utils
@@ -14,35 +13,45 @@ from .latent import video_state
 from .progress import check_interrupt
 
 
-def decode_chunks(latent: dict[str, Any], vae: Any, trim: bool) -> Tensor:
+def decode_chunks(
+    latent: dict[str, Any], vae: Any, trim: bool = False, drop_first: int = 0, crossfade: int = 0
+) -> Tensor:
     """A LATENT's samples (B, 16, 9k, H, W) -> images (B * frames, 8H, 8W, 3) in 0..1, allocated once.
 
-    The VAE is causal and a chunk's first latent is image-like, so chunks never see each other.
+    The VAE is causal and a chunk's first latent is image-like, so chunks never see each other. `trim` cuts to the
+    frames asked for, then `drop_first` takes frames off the beginning. `crossfade` frames of each chunk but the first
+    come out of the last frame before it, which hides a jump and keeps the length.
     """
     samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[2] % CHUNK_LATENTS:
+    if samples.ndim != 5 or samples.shape[2] % CHUNK_LATENTS or not samples.numel():
         raise ValueError(
             f"The LATENT has the shape {tuple(samples.shape)}; expected (batch, 16, a multiple of {CHUNK_LATENTS}, "
             "height, width), as Helios Chunked Sampler makes it."
         )
     batch, chunks = samples.shape[0], samples.shape[2] // CHUNK_LATENTS
     state = video_state(latent)
-    frames = state.frames if trim and state else chunks * CHUNK_FRAMES
+    end = state.frames if trim and state else chunks * CHUNK_FRAMES
+    if drop_first >= end:
+        raise ValueError(f"drop_first is {drop_first}, but the video has {end} frames. Set it to {end - 1} or less.")
 
     bar = comfy.utils.ProgressBar(batch * chunks)
-
-    def decode(item: int, chunk: int) -> Tensor:
-        check_interrupt()
-        part = samples[item : item + 1, :, chunk * CHUNK_LATENTS : (chunk + 1) * CHUNK_LATENTS]
-        pixels = vae.decode(part)[0]  # (33, 8H, 8W, 3)
-        bar.update(1)
-        return pixels[: frames - chunk * CHUNK_FRAMES]
-
-    first = decode(0, 0)
-    images = torch.empty((batch, frames, *first.shape[1:]), dtype=first.dtype, device=first.device)
-    images[0, : len(first)] = first
-    del first
-    for item, chunk in itertools.islice(itertools.product(range(batch), range(chunks)), 1, None):
-        start = chunk * CHUNK_FRAMES
-        images[item, start : start + CHUNK_FRAMES] = decode(item, chunk)
+    images: Tensor | None = None
+    for item in range(batch):
+        last = None
+        for chunk in range(chunks):
+            check_interrupt()
+            part = samples[item : item + 1, :, chunk * CHUNK_LATENTS : (chunk + 1) * CHUNK_LATENTS]
+            pixels = vae.decode(part)[0]  # (33, 8H, 8W, 3)
+            if images is None:
+                shape = (batch, end - drop_first, *pixels.shape[1:])
+                images = torch.empty(shape, dtype=pixels.dtype, device=pixels.device)
+            if crossfade and last is not None:
+                weight = torch.arange(1, crossfade + 1, device=pixels.device).view(-1, 1, 1, 1) / (crossfade + 1)
+                pixels[:crossfade] = torch.lerp(last, pixels[:crossfade], weight.to(pixels.dtype))
+            last = pixels[-1].clone() if crossfade else None
+            start = chunk * CHUNK_FRAMES - drop_first  # where this chunk's first frame belongs
+            kept = pixels[max(0, -start) : max(0, end - drop_first - start)]
+            images[item, max(0, start) : max(0, start) + len(kept)] = kept
+            bar.update(1)
+    assert images is not None
     return images.flatten(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -11,13 +12,14 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE
+from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE
 from ...helios_core.generate import PredictFlow, generate
 from ...helios_core.guidance import cfg, projection
 from ...helios_core.history import History, Memory
 from ...helios_core.schedule import Schedule, stages
 from .model import FlowSampling, HeliosModel, history_conds
 from .progress import SamplingProgress
+from .prompts import TRACK_KEY, find_track
 
 CFG_HOOKS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 UNSUPPORTED = {
@@ -92,12 +94,17 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         return video
 
     def bind_chunk(self, index: int, history: History) -> PredictFlow:
-        """Predict with this history: the chunk's conds are the host's with its tensors added."""
+        """Predict with this history and the chunk's prompt: the host's conds, with these in their model_conds."""
         extra = history_conds(history, self.memory.layout)
-        self.chunk_conds = {
-            name: [{**cond, "model_conds": {**cond["model_conds"], **extra}} for cond in conds]
-            for name, conds in self.conds.items()
-        }
+
+        def with_chunk(cond: dict[str, Any]) -> dict[str, Any]:
+            model_conds = {**cond["model_conds"], **extra}
+            if TRACK_KEY in cond:
+                prompt = cond[TRACK_KEY].at(index - self.first_index)
+                model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(prompt)
+            return {**cond, "model_conds": model_conds}
+
+        self.chunk_conds = {name: [with_chunk(cond) for cond in conds] for name, conds in self.conds.items()}
 
         def predict(latents: Tensor, timestep: float, sigma: float) -> Tensor:
             self.sigma = sigma
@@ -146,8 +153,8 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         return (x - result) / self.sigma
 
 
-def check_sampling(model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule) -> None:
-    """Raise ValueError, before anything is loaded, for what cannot be sampled."""
+def check_sampling(model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule) -> int:
+    """The number of chunks to sample. Raises ValueError, before anything is loaded, for what cannot be sampled."""
     if not isinstance(model_patcher.model, HeliosModel):
         raise ValueError(
             f"Helios Chunked Sampler needs a Helios model, got {type(model_patcher.model).__name__}. "
@@ -180,3 +187,11 @@ def check_sampling(model_patcher: Any, positive: list, negative: list, latents: 
             f"{CHUNK_LATENTS}, height / 8, width / 8). Make it with Helios History Injection."
         )
     schedule.check_size(latents.shape[-2] * SPATIAL_SCALE, latents.shape[-1] * SPATIAL_SCALE)
+    chunks = latents.shape[2] // CHUNK_LATENTS
+    track = find_track(positive)
+    if track and sum(track.chunks) > chunks:
+        raise ValueError(
+            f"The prompts last {sum(track.chunks)} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames)."
+            " Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
+        )
+    return chunks

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ...helios_core.config import CHUNK_LATENTS, num_chunks
-from ...helios_core.video import VideoState
+import comfy.latent_formats
+from torch import Tensor
+
+from ...helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, num_chunks
+from ...helios_core.history import HistoryLayout, Memory, keep_last
+from ...helios_core.video import HistorySeed, VideoState
 
 STATE_KEY = "helios"
+
+
+def normalise(latents: Tensor) -> Tensor:
+    """From VAE space, as on LATENT sockets, to the normalised space of the core; float32 on the CPU."""
+    return comfy.latent_formats.Wan21().process_in(latents.float().cpu())
 
 
 def video_state(latent: dict[str, Any]) -> VideoState | None:
@@ -18,3 +28,29 @@ def video_state(latent: dict[str, Any]) -> VideoState | None:
     if state.memory is not None and state.memory.latents.shape[-2:] != samples.shape[-2:]:
         return None
     return state
+
+
+def follow(seed: HistorySeed, latent: dict[str, Any]) -> tuple[HistorySeed, Memory, bool]:
+    """The seed of a video that goes on from a LATENT, the memory it goes on from, and whether the LATENT carried it.
+
+    A LATENT that lost its key, as the host's Save Latent drops it, is followed on from its last latents: the anchor is
+    then its first one, and how its noise was drawn is not known. Raises ValueError for one that was never sampled.
+    """
+    carried, samples = latent.get(STATE_KEY), latent["samples"]
+    state = video_state(latent)
+    if state is not None and state.memory is not None:
+        seed = replace(seed, source=state.memory, first_index=state.next_chunk, rng_state=state.rng_state)
+        return seed, state.memory, True
+    if isinstance(carried, VideoState) and carried.memory is None:
+        raise ValueError(
+            "The LATENT on `previous` was never sampled: it comes straight from Helios History Injection. "
+            "Connect the latent of a Helios Chunked Sampler."
+        )
+    if samples.ndim != 5 or samples.shape[1] != LATENT_CHANNELS or not samples.numel():
+        raise ValueError(
+            f"The LATENT on `previous` has the shape {tuple(samples.shape)}; expected (batch, {LATENT_CHANNELS}, "
+            "frames, height / 8, width / 8), as Helios Chunked Sampler makes it."
+        )
+    latents = normalise(samples)
+    memory = Memory(keep_last(latents, HistoryLayout().frames), latents[:, :, :1])
+    return replace(seed, source=memory, first_index=max(1, samples.shape[2] // CHUNK_LATENTS)), memory, False

@@ -43,8 +43,13 @@ def check_interrupt() -> None:
 
 
 def warn(message: str, node_id: str | None = None) -> None:
-    """Log a warning and, in a running server, write it onto the node."""
+    """Log a warning and show it on the node."""
     log.warning(message)
+    tell(message, node_id)
+
+
+def tell(message: str, node_id: str | None) -> None:
+    """In a running server, write a message onto the node."""
     server = sys.modules.get("server")  # the host's; not there unless the server runs
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is not None and node_id is not None:

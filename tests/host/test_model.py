@@ -327,7 +327,7 @@ def test_refuses_a_size_the_variant_cannot_make(model, schedule, size, nearest):
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_refuses_a_history_of_another_size(model):
-    seed = HistorySeed(memory=Memory.empty(1, 16, 16))
+    seed = HistorySeed(source=Memory.empty(1, 16, 16))
     latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
     node = type("Node", (HeliosChunkedSampler,), {"hidden": SimpleNamespace(unique_id=None)})
     prompts = [set_history(conditioning(p), seed) for p in oracle.prompts()]

@@ -1,0 +1,253 @@
+"""How videos begin and go on: image-to-video, video-to-video, continuing, changing prompts, anti-drifting."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import oracle
+from comfyui_helios.helios_core.config import num_chunks
+from comfyui_helios.helios_core.drift import AntiDrift
+from comfyui_helios.helios_core.generate import denoise_chunk, generate
+from comfyui_helios.helios_core.history import HistoryLayout, Memory
+from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
+from comfyui_helios.helios_core.video import HistorySeed, ImageHistory, PromptTrack, VideoHistory
+from videos import TOLERANCE, Case, below, difference, guided, our_transformer, reference_video
+
+SIZE = (64, 128)
+CASES = {
+    "base": Case(replace(BASE, steps=(4,)), SIZE),
+    "mid": Case(below(MID, steps=(3, 2, 2)), SIZE),
+    "distilled": Case(below(DISTILLED), SIZE),
+}
+
+
+@pytest.fixture(scope="module")
+def models():
+    reference = oracle.transformer(0)
+    return reference, our_transformer(reference)
+
+
+def latents(seed, frames, batch=1):
+    shape = (batch, 16, frames, SIZE[0] // 8, SIZE[1] // 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bind_to(model, schedule, batch=1):
+    return guided(model, schedule, *oracle.prompts(batch=batch))
+
+
+@torch.no_grad()
+def run(model, schedule, seed, chunks, batch=1):
+    rng = torch.Generator().manual_seed(3)
+    memory = seed.start(batch, SIZE[0] // 8, SIZE[1] // 8, rng)
+    bind = bind_to(model, schedule, batch)
+    made = list(generate(bind, schedule, memory, chunks, rng, skip_first_chunk=seed.skip_first_chunk))
+    return torch.cat([chunk.latents for chunk in made], dim=2), made[-1].memory, rng
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skip first chunk"])
+def test_image_to_video_equals_the_reference(models, case, skip):
+    reference, ours = models
+    image, last = latents(1, 1), latents(2, 1)
+    seed = HistorySeed(ImageHistory(image, last), skip_first_chunk=skip)
+    video, _, _ = run(ours, case.schedule, seed, 3)
+    expected = reference_video(
+        case, reference, *oracle.prompts(), image_latents=image, fake_image_latents=last, is_skip_first_chunk=skip
+    )
+    assert difference(video, expected[:, :, 1:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("frames", [9, 27])
+def test_video_to_video_equals_the_reference(models, case, frames):
+    reference, ours = models
+    first, past = latents(1, 1), latents(2, frames)
+    video, _, _ = run(ours, case.schedule, HistorySeed(VideoHistory(first, past)), 2)
+    expected = reference_video(
+        case,
+        reference,
+        *oracle.prompts(),
+        frames=66,
+        image_latents=first,
+        video_latents=past,
+        add_noise_to_image_latents=False,
+    )
+    assert difference(video, expected[:, :, frames:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_without_noise_and_with_other_sigmas(models, kind):
+    reference, ours = models
+    first, past = latents(1, 1), latents(2, 1 if kind == "image" else 9)
+    source = ImageHistory(first, past) if kind == "image" else VideoHistory(first, past)
+    given = {"fake_image_latents": past} if kind == "image" else {"video_latents": past}
+    case = CASES["distilled"]
+
+    video, _, _ = run(ours, case.schedule, HistorySeed(source, add_noise=False), 1)
+    off = {"add_noise_to_image_latents": False, "add_noise_to_video_latents": False}
+    expected = reference_video(case, reference, *oracle.prompts(), frames=33, image_latents=first, **given, **off)
+    assert difference(video, expected[:, :, past.shape[2] :]) <= TOLERANCE
+
+    seed = HistorySeed(source, image_sigmas=(0.2, 0.3), video_sigmas=(0.4, 0.5))
+    video, _, _ = run(ours, case.schedule, seed, 1)
+    sigmas = {"image_noise_sigma_min": 0.2, "image_noise_sigma_max": 0.3}
+    sigmas |= {"video_noise_sigma_min": 0.4, "video_noise_sigma_max": 0.5}
+    if kind == "video":
+        sigmas["add_noise_to_image_latents"] = False
+    expected = reference_video(case, reference, *oracle.prompts(), frames=33, image_latents=first, **given, **sigmas)
+    assert difference(video, expected[:, :, past.shape[2] :]) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["text", "image", "video", "previous"])
+def test_a_batch_is_what_its_items_are_alone(models, kind):
+    """The same noise given to a batch of 2 and to two runs of 1."""
+    _, ours = models
+    first, past = latents(1, 1, batch=2), latents(2, 1 if kind == "image" else 9, batch=2)
+    memory = Memory(latents(3, 19, batch=2), first)
+
+    def source(item):
+        pick = slice(item, item + 1) if item is not None else slice(None)
+        return {
+            "text": None,
+            "image": ImageHistory(first[pick], past[pick]),
+            "video": VideoHistory(first[pick], past[pick]),
+            "previous": Memory(memory.latents[pick], memory.anchor[pick]),
+        }[kind]
+
+    def sample(item, batch):
+        seed = HistorySeed(source(item), add_noise=False)
+        schedule = replace(BASE, steps=(3,), guidance_scale=1.0)
+        start = seed.start(batch, SIZE[0] // 8, SIZE[1] // 8, torch.Generator())
+        positive = oracle.prompts(batch=2)[0]
+        if item is not None:
+            positive = positive[item : item + 1]
+        noise = latents(9, 9, batch=2) if item is None else latents(9, 9, batch=2)[item : item + 1]
+        predict = guided(ours, schedule, positive, positive)(0, start.history())
+        return denoise_chunk(predict, schedule, noise, torch.Generator(), 0, lambda step: None)
+
+    together = sample(None, 2)
+    for item in range(2):
+        assert difference(sample(item, 1), together[item : item + 1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("anti_drift", [None, AntiDrift(mean_threshold=0.0, var_threshold=0.0)], ids=["", "corrected"])
+def test_going_on_equals_one_run(models, name, anti_drift):
+    """Two chunks, then two more from what they left, against four in one run: exactly equal."""
+    _, ours = models
+    schedule = replace(CASES[name].schedule, anti_drift=anti_drift)
+    whole, _, _ = run(ours, schedule, HistorySeed(), 4)
+    first, memory, rng = run(ours, schedule, HistorySeed(), 2)
+    state = rng.get_state()
+
+    rng = torch.Generator()
+    rng.set_state(state)
+    again = HistorySeed(memory.to("cpu")).start(1, SIZE[0] // 8, SIZE[1] // 8, rng)
+    with torch.no_grad():
+        rest = generate(bind_to(ours, schedule), schedule, again, 2, rng, first_index=2)
+        second = torch.cat([chunk.latents for chunk in rest], dim=2)
+    assert torch.equal(torch.cat([first, second], dim=2), whole)
+
+
+def test_a_history_of_another_size_is_refused():
+    for source in (ImageHistory(latents(1, 1), latents(2, 1)), Memory(latents(1, 19), latents(2, 1))):
+        with pytest.raises(ValueError, match="history is 128x64 in a batch of 1, but the video is 64x64"):
+            HistorySeed(source).start(1, 8, 8, torch.Generator())
+    two = ImageHistory(latents(1, 1, batch=2), latents(2, 1, batch=2))
+    with pytest.raises(ValueError, match="batch of 2, but the video is 128x64 in a batch of 3"):
+        HistorySeed(two).start(3, 8, 16, torch.Generator())
+    with pytest.raises(ValueError, match="min <= max"):
+        HistorySeed(image_sigmas=(0.3, 0.2))
+
+
+@pytest.mark.parametrize("layout", [HistoryLayout(keep_first_frame=False), HistoryLayout((8, 2, 1)), HistoryLayout()])
+def test_memory_fits_another_layout(layout):
+    memory = Memory(latents(1, 19), latents(2, 1)).with_layout(layout)
+    assert memory.latents.shape[2] == layout.frames
+    kept = min(19, layout.frames)
+    assert torch.equal(memory.latents[:, :, -kept:], latents(1, 19)[:, :, -kept:])
+    assert not memory.latents[:, :, : layout.frames - kept].any()
+    memory.history()
+
+
+def test_runs_without_an_anchor(models):
+    """diffusers' own pipelines fail there: the split of the history is made before its size is raised."""
+    seed = HistorySeed(layout=HistoryLayout(keep_first_frame=False))
+    video, memory, _ = run(models[1], replace(DISTILLED, steps=(1, 1, 1)), seed, 3)
+    assert memory.anchor is None
+    assert memory.latents.shape[2] == 20
+    assert torch.isfinite(video).all()
+
+
+def test_prompts_blend_by_the_authors_rule():
+    one, two, three = (torch.full((1, 2, 4), float(i)) for i in (1, 10, 100))
+    track = PromptTrack((one, two, three), (4, 5, 4), blend=3)
+    values = [track.at(i).unique().item() for i in range(15)]
+    assert values == pytest.approx([1] * 4 + [1, 5.5, 10, 10, 10] + [10, 55, 100, 100] + [100, 100])
+
+
+@pytest.mark.parametrize(("blend", "values"), [(0, [1, 1, 10, 10]), (1, [1, 1, 1, 10]), (2, None)])
+def test_short_blends(blend, values):
+    prompts = tuple(torch.full((1, 2, 4), float(i)) for i in (1, 10))
+    if values is None:
+        with pytest.raises(ValueError, match="Prompt 1 lasts 2 chunks of 33 frames, and blending takes 2"):
+            PromptTrack(prompts, (2, 2), blend)
+    else:
+        track = PromptTrack(prompts, (2, 2), blend)
+        assert [track.at(i).unique().item() for i in range(4)] == values
+
+
+def chunk_of(mean, std):
+    """A chunk whose channels all have this mean and (sample) deviation."""
+    values = torch.tensor([-1.0, 1.0]).repeat(9 * 4 * 4 // 2)
+    values = mean + std * values / values.std()
+    return values.view(1, 1, 9, 4, 4).expand(1, 16, -1, -1, -1).contiguous()
+
+
+def test_drift_is_judged_by_running_averages():
+    """By hand: 16 channels alike, so a distance d per channel is 4 d in all; the average moves by a tenth first."""
+    anti_drift = AntiDrift()
+    memory = anti_drift.observe(Memory.empty(1, 4, 4), chunk_of(0.0, 1.0))
+    assert not memory.drifted  # the first chunk is the average
+    torch.testing.assert_close(memory.statistics.mean, torch.zeros(1, 16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(memory.statistics.var, torch.ones(1, 16), atol=1e-5, rtol=0)
+
+    far = anti_drift.observe(memory, chunk_of(1.0, 2.0))
+    torch.testing.assert_close(far.statistics.mean, torch.full((1, 16), 0.1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(far.statistics.var, torch.full((1, 16), 0.9 + 0.4), atol=1e-4, rtol=0)
+    assert far.drifted
+
+    # mean 0.04: 4 * 0.9 * 0.04 = 0.144 < 0.15; mean 0.05: 0.18. Both distances must exceed the threshold.
+    assert not anti_drift.observe(memory, chunk_of(0.04, 2.0)).drifted
+    assert anti_drift.observe(memory, chunk_of(0.05, 2.0)).drifted
+    assert not anti_drift.observe(memory, chunk_of(5.0, 1.0)).drifted
+
+
+def test_correction_touches_the_newest_chunk_of_the_memory_only():
+    anti_drift = AntiDrift()
+    memory = Memory(latents(1, 19), latents(2, 1))
+    assert anti_drift.correct(memory, torch.Generator()) is memory
+    corrected = anti_drift.correct(replace(memory, drifted=True), torch.Generator().manual_seed(5))
+    noise = torch.randn(latents(1, 9).shape, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(corrected.latents[:, :, :10], memory.latents[:, :, :10])
+    torch.testing.assert_close(corrected.latents[:, :, 10:], memory.latents[:, :, 10:] + 0.1 * noise)
+    assert corrected.anchor is memory.anchor
+    assert not corrected.drifted
+
+
+def test_correction_shows_in_later_chunks_only(models):
+    always = AntiDrift(mean_threshold=-1.0, var_threshold=-1.0)
+    schedule = replace(DISTILLED, steps=(1, 1, 1))
+    plain, _, _ = run(models[1], schedule, HistorySeed(), 1)
+    corrected, memory, _ = run(models[1], replace(schedule, anti_drift=always), HistorySeed(), 1)
+    assert torch.equal(plain, corrected)
+    assert torch.equal(memory.latents[:, :, -9:], corrected)  # nothing is drawn after the last chunk
+
+
+@pytest.mark.parametrize("frames", [0, -1])
+def test_no_frames_are_refused(frames):
+    with pytest.raises(ValueError, match="at least 1 frame"):
+        num_chunks(frames)
