@@ -1,0 +1,57 @@
+"""Latents to frames."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..helios_core.config import CHUNK_FRAMES
+from .host.compat import schema
+from .host.decode import decode_chunks
+
+
+class HeliosChunkedVAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="HeliosChunkedVAEDecode",
+            display_name="Helios Chunked VAE Decode",
+            category="Helios",
+            description=(
+                "Decodes each chunk of 9 latents to 33 frames on its own, as the model was trained: the ordinary VAE "
+                "Decode would take a chunk's first latent, an image, for four frames."
+            ),
+            search_aliases=["helios", "vae decode", "decode video"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="From Helios Chunked Sampler."),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
+                io.Boolean.Input(
+                    "trim",
+                    default=False,
+                    tooltip="Cut the video to exactly the number of frames asked for, instead of whole chunks of 33.",
+                ),
+                io.Int.Input(
+                    "drop_first",
+                    default=0,
+                    min=0,
+                    max=99_999,
+                    optional=True,
+                    tooltip="Leave out this many frames at the beginning: the first ones are the weakest.",
+                ),
+                io.Int.Input(
+                    "crossfade",
+                    default=0,
+                    min=0,
+                    max=CHUNK_FRAMES - 1,
+                    optional=True,
+                    tooltip="Fade over the seams: this many frames of a chunk come out of the last frame before it.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="All frames; connect Create Video.")],
+        )
+
+    @classmethod
+    def execute(cls, latent, vae, trim, drop_first=0, crossfade=0) -> io.NodeOutput:
+        return io.NodeOutput(decode_chunks(latent, vae, trim, drop_first, crossfade))
+
+
+NODES = [HeliosChunkedVAEDecode]

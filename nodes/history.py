@@ -27,11 +27,11 @@ from .host.progress import warn
 
 
 def sigma_input(name: str, default: float, tooltip: str) -> io.Float.Input:
-    return advanced(io.Float.Input, name, default=default, min=0.0, max=1.0, step=0.001, tooltip=tooltip)
+    return advanced(io.Float.Input, name, default=default, min=0.0, max=1.0, step=0.001, optional=True, tooltip=tooltip)
 
 
 def history_input(name: str, default: int, tooltip: str) -> io.Int.Input:
-    return advanced(io.Int.Input, name, default=default, min=1, max=64, tooltip=tooltip)
+    return advanced(io.Int.Input, name, default=default, min=1, max=64, optional=True, tooltip=tooltip)
 
 
 class HeliosHistoryInjection(io.ComfyNode):

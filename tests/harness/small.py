@@ -11,7 +11,9 @@ from harness.workflow import to_api
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-SMALL = {"width": 128, "height": 64, "frames": 40}  # two chunks: 66 frames
+LENGTHS = {"length_1": 1, "length_2": 1, "length_3": 1, "blend": 0}
+SMALL = {"width": 128, "height": 64, "frames": 40, **LENGTHS}  # two chunks: 66 frames
+FRAMES = {"helios_interactive": 99, "helios_extend": 132}  # where it is not 66
 
 
 def read_workflow(name: str) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def small_api(name: str, object_info: dict[str, Any], **inputs: Any) -> dict[str
                 if other["inputs"].get("clip") == [clip, 0]:
                     other["inputs"]["clip"] = [clip, 1]
         for key, value in {**SMALL, **inputs}.items():
-            if key in node["inputs"]:
+            if key in node["inputs"] and not isinstance(node["inputs"][key], list):  # no link
                 node["inputs"][key] = value
     return api
 
@@ -45,12 +47,17 @@ def find(api: dict[str, Any], kind: str) -> str:
     return found
 
 
+def last(api: dict[str, Any], kind: str) -> str:
+    """Id of the last node of this class."""
+    return [key for key, node in api.items() if node["class_type"] == kind][-1]
+
+
 def with_latents(api: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The graph up to the sampler, whose latents are saved instead of decoded."""
-    keep = ("Loader", "TextEncode", "History", "Schedule", "Sampler")
+    keep = ("Loader", "TextEncode", "Prompt", "History", "Schedule", "Sampler")
     api = {key: node for key, node in api.items() if any(word in node["class_type"] for word in keep)}
     api["save"] = {
         "class_type": "SaveLatent",
-        "inputs": {"samples": [find(api, "HeliosChunkedSampler"), 0], "filename_prefix": prefix},
+        "inputs": {"samples": [last(api, "HeliosChunkedSampler"), 0], "filename_prefix": prefix},
     }
     return api

@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.utils
 import hypothesis.strategies as st
@@ -291,9 +292,8 @@ def test_half_precision_latents_of_the_host_are_normalised_in_float32(vae):
             return vae.encode(pixels).bfloat16()
 
     image = noise(1, HEIGHT, WIDTH, 3)
-    half, full = encode_image(Half(), image), encode_image(vae, image)
-    assert half.anchor.dtype == half.last.dtype == torch.float32
-    assert (half.anchor - full.anchor).abs().max() < 0.05
+    expected = comfy.latent_formats.Wan21().process_in(Half().encode(image).float())
+    assert torch.equal(encode_image(Half(), image).anchor, expected)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 32])
@@ -342,6 +342,7 @@ def test_encoding_can_be_cancelled_between_two_chunks():
 def test_progress_reaches_its_end(vae, monkeypatch):
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
-    encode_video(vae, noise(66, HEIGHT, WIDTH, 3))
+    encode_video(vae, noise(66, HEIGHT, WIDTH, 3))  # newer hosts leave out what follows too fast, never the last
+    assert seen[-1] == (3, 3)
     encode_image(vae, noise(2, HEIGHT, WIDTH, 3))
-    assert seen == [(1, 3), (2, 3), (3, 3), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen[-1] == (4, 4)

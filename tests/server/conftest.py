@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
+import torch
+from PIL import Image
 from playwright.sync_api import Browser
+from safetensors.torch import save_file
+from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 
 from harness.browser import Page, chromium, open_page, write_settings
 from harness.client import run_workflow
@@ -33,8 +38,8 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
 
 
 @pytest.fixture(scope="session")
-def single_files(server: Host, models: Path) -> Path:
-    """What helios_t2v_distilled_files.json names, made of the tiny folder: by our converter, and by the host."""
+def files(server: Host, models: Path) -> Path:
+    """The files our workflows name: models made of the tiny folder, by our converter and by the host, and inputs."""
     folder = models / "diffusers" / "Helios-Distilled"
     target = models / "diffusion_models" / "helios_distilled_bf16.safetensors"
     subprocess.run([sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), folder, target], check=True)
@@ -47,11 +52,24 @@ def single_files(server: Host, models: Path) -> Path:
     shutil.copy(saved, models / "vae" / "wan_2.1_vae.safetensors")
     # Only its name is read: the page looks for it.
     (models / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors").touch()
+    torch.manual_seed(0)
+    upscaler = SRVGGNetCompact(num_feat=8, num_conv=2, upscale=2)
+    save_file(upscaler.state_dict(), models / "upscale_models" / "2x_upscaler.safetensors")
+    inputs = server.base / "input"
+    frames = torch.randint(0, 256, (40, 96, 160, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(frames[0]).save(inputs / "example.png")
+    with av.open(str(inputs / "video.mp4"), "w") as container:
+        stream = container.add_stream("h264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    (inputs / "prompts.txt").write_text("# two prompts\nA red fox in the snow.\nA blue bird.\n")
     return models
 
 
 @pytest.fixture(scope="session")
-def info(server: Host, single_files: Path) -> dict[str, Any]:
+def info(server: Host, files: Path) -> dict[str, Any]:
     return dict(server.get("/object_info"))
 
 

@@ -2,6 +2,8 @@
 
 import io
 import re
+import shutil
+from pathlib import Path
 
 import av
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.client import ExecutionFailed, ExecutionInterrupted, PromptRejected, run_workflow
 from harness.host import Host
-from harness.small import WORKFLOWS, find, small_api, with_latents
+from harness.small import FRAMES, WORKFLOWS, find, small_api, with_latents
 
 DISTILLED = "helios_t2v_distilled"
 
@@ -33,7 +35,8 @@ def latents(server, run):
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
 def test_a_workflow_gives_whole_chunks(server, info, name):
     frames, fps = video(server, run_workflow(server.url, small_api(name, info)))
-    assert (len(frames), frames[0].shape, fps) == (66, (64, 128, 3), 24)
+    size = (128, 256, 3) if name == "helios_upscale" else (64, 128, 3)
+    assert (len(frames), frames[0].shape, fps) == (FRAMES.get(name, 66), size, 24)
     assert frames[0].std() > 5  # a picture,
     assert abs(frames[40].astype(int) - frames[50]).mean() > 5  # and it moves
 
@@ -41,28 +44,6 @@ def test_a_workflow_gives_whole_chunks(server, info, name):
 def test_trim_gives_the_frames_asked_for(server, info):
     frames, _ = video(server, run_workflow(server.url, small_api(DISTILLED, info, trim=True)))
     assert len(frames) == 40
-
-
-def test_chains_with_the_hosts_own_nodes(server, info, models):
-    """Frames through an upscale model and back to their size."""
-    from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
-
-    torch.manual_seed(0)
-    upscaler = SRVGGNetCompact(num_feat=8, num_conv=2, upscale=2)
-    save_file(upscaler.state_dict(), models / "upscale_models" / "tiny_2x.safetensors")
-    api = small_api(DISTILLED, info, frames=33)
-    images = [find(api, "HeliosChunkedVAEDecode"), 0]
-    api |= {
-        "u1": {"class_type": "UpscaleModelLoader", "inputs": {"model_name": "tiny_2x.safetensors"}},
-        "u2": {"class_type": "ImageUpscaleWithModel", "inputs": {"upscale_model": ["u1", 0], "image": images}},
-        "u3": {
-            "class_type": "ImageScaleBy",
-            "inputs": {"image": ["u2", 0], "upscale_method": "bilinear", "scale_by": 0.5},
-        },
-    }
-    api[find(api, "CreateVideo")]["inputs"]["images"] = ["u3", 0]
-    frames, _ = video(server, run_workflow(server.url, api))
-    assert (len(frames), frames[0].shape) == (33, (64, 128, 3))
 
 
 def test_progress_runs_once_over_all_steps_with_previews(server, info):
@@ -194,3 +175,58 @@ def test_a_contradicting_schedule_warns_on_the_node(server, info):
     api[find(api, "HeliosDiffusersLoader")]["inputs"]["folder"] = "Helios-Distilled"
     run_workflow(server.url, api)
     assert "The model is Helios-Distilled, but the schedule is for Helios-Base" in server.log.read_text()
+
+
+def test_going_on_equals_one_run_across_restarts(server, info, models, tmp_path):
+    """Two samplers in a row, against one; and by the host's own Save and Load Latent, which drop our key."""
+    api = with_latents(small_api("helios_extend", info, frames=33), "extend")
+    first, second = "15", "35"  # the samplers of helios_extend
+    texts = [node for node in api.values() if node["class_type"] == "HeliosTextEncode"]
+    texts[1]["inputs"]["positive"] = texts[0]["inputs"]["positive"]
+    api["save"]["inputs"]["samples"] = [second, 0]
+    going_on = latents(server, run_workflow(server.url, api))
+    whole = with_latents(small_api(DISTILLED, info, frames=66), "whole66")
+    whole[find(whole, "HeliosChunkedSampler")]["inputs"]["seed"] = api[first]["inputs"]["seed"]
+    one_run = latents(server, run_workflow(server.url, whole))
+    assert torch.equal(going_on, one_run[:, :, 9:])
+
+    api["save"]["inputs"]["samples"] = [first, 0]
+    [file] = run_workflow(server.url, api).files()
+    with Host(tmp_path, models=models) as restarted:
+        shutil.copy(server.output / file["subfolder"] / file["filename"], tmp_path / "input" / "first.latent")
+        api["load"] = {"class_type": "LoadLatent", "inputs": {"latent": "first.latent"}}
+        api["33"]["inputs"]["previous"] = ["load", 0]
+        api["save"]["inputs"]["samples"] = [second, 0]
+        resumed = latents(restarted, run_workflow(restarted.url, api))
+        assert "has lost what Helios adds" in restarted.log.read_text()
+    assert resumed.shape == going_on.shape
+    assert torch.isfinite(resumed).all()
+
+
+def test_each_queued_run_takes_the_next_prompt_of_the_file(server, info):
+    api = with_latents(small_api("helios_prompt_file", info, frames=33), "prompts")
+    reader = find(api | {"p": {"class_type": "none", "inputs": {}}}, "HeliosPromptFromFile")
+    results = []
+    for index in range(3):
+        api[reader]["inputs"]["index"] = index
+        results.append(latents(server, run_workflow(server.url, api)))
+    assert not torch.allclose(results[0], results[1])
+    assert torch.equal(results[0], results[2])  # two prompts: the third run begins again
+
+
+def test_a_minute_of_video(server, info):
+    """1452 frames, 44 chunks, sampled in the server; what it holds does not grow with every chunk."""
+    api = with_latents(
+        small_api(DISTILLED, info, frames=1452, steps_stage_1=1, steps_stage_2=1, steps_stage_3=1), "long"
+    )
+    status = Path(f"/proc/{server.process.pid}/status")
+    resident = []
+
+    def watch(event):
+        if event.kind == "progress" and event.data["node"] == find(api, "HeliosChunkedSampler"):
+            resident.append(int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1]) / 1024)
+
+    result = latents(server, run_workflow(server.url, api, on_event=watch))
+    assert result.shape == (1, 16, 9 * 44, 8, 16)
+    assert torch.isfinite(result).all()
+    assert max(resident[len(resident) // 2 :]) - max(resident[: len(resident) // 2]) < 20  # MB
