@@ -65,8 +65,7 @@ test-server: setup
 	@$(PY) scripts/run_tests.py server
 
 pictures: setup
-	$(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
-	cp build/pictures/*.jpg workflows/
+	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
 
 # nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
 lint: $(ENVIRONMENT)

@@ -205,7 +205,7 @@ def test_going_on_equals_one_run_across_restarts(server, info, models, tmp_path)
 
 def test_each_queued_run_takes_the_next_prompt_of_the_file(server, info):
     api = with_latents(small_api("helios_prompt_file", info, frames=33), "prompts")
-    reader = find(api | {"p": {"class_type": "none", "inputs": {}}}, "HeliosPromptFromFile")
+    reader = find(api, "HeliosPromptFromFile")
     results = []
     for index in range(3):
         api[reader]["inputs"]["index"] = index
