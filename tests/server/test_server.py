@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from harness.client import ExecutionFailed, ExecutionInterrupted, PromptRejected, run_workflow
 from harness.host import Host
-from harness.small import FRAMES, WORKFLOWS, find, small_api, with_latents
+from harness.small import FRAMES, WORKFLOWS, find, read_workflow, small_api, with_latents
 
 DISTILLED = "helios_t2v_distilled"
+READER = "HeliosPromptFromFile"
 
 
 def video(server, run):
@@ -205,7 +206,9 @@ def test_going_on_equals_one_run_across_restarts(server, info, models, tmp_path)
 
 def test_each_queued_run_takes_the_next_prompt_of_the_file(server, info):
     api = with_latents(small_api("helios_prompt_file", info, frames=33), "prompts")
-    reader = find(api, "HeliosPromptFromFile")
+    reader = find(api, READER)
+    [widgets] = [n["widgets_values"] for n in read_workflow("helios_prompt_file")["nodes"] if n["type"] == READER]
+    assert widgets[2] == "increment"  # what makes the page count up
     results = []
     for index in range(3):
         api[reader]["inputs"]["index"] = index
