@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import urllib.request
 from pathlib import Path
 
 import av
@@ -233,3 +234,11 @@ def test_a_minute_of_video(server, info):
     assert result.shape == (1, 16, 9 * 44, 8, 16)
     assert torch.isfinite(result).all()
     assert max(resident[len(resident) // 2 :]) - max(resident[: len(resident) // 2]) < 20  # MB
+
+
+def test_every_node_has_a_help_page(server, info):
+    ours = [name for name, node in info.items() if node["python_module"] == "custom_nodes.ComfyUI-Helios"]
+    assert len(ours) == 12
+    for name in ours:
+        with urllib.request.urlopen(f"{server.url}/extensions/ComfyUI-Helios/docs/{name}.md") as page:
+            assert page.read().decode().startswith(f"# {info[name]['display_name']}")
