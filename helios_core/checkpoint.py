@@ -1,40 +1,26 @@
-"""Helios checkpoints on disk: what is in them, whether it is all there, and their tensors one at a time.
+"""Helios checkpoints on disk: what is in them, and whether it is all there.
 
-Only headers are read until `read_tensors` is asked for a tensor. safetensors files are parsed and mapped here instead
-of with `safetensors.safe_open`: its private mapping of a whole file counts against memory on Linux, which refuses it
-for a file larger than RAM and swap together.
+Only headers are read here; `safetensors_file.read_tensors` then reads the tensors.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-import mmap
 import re
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor
 
 from .config import TransformerConfig, Variant
+from .safetensors_file import DTYPES, PICKLES, CheckpointError, StoredTensor, read_headers, some
 from .transformer import HeliosTransformer
 
 CONFIG_KEY, VARIANT_KEY = "helios_config", "helios_variant"  # in the metadata of files that we write
 HEAD_DIM = 128  # of every published checkpoint; shapes alone do not tell it
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
-SHOWN = 10  # names an error lists before it only counts
 
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 RENAMES = tuple(
     (re.compile(pattern), name)
@@ -49,7 +35,6 @@ RENAMES = tuple(
         (r"^scale_shift_table$", "norm_out.scale_shift_table"),
     )
 )
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 HISTORY_PATCHES = ("patch_short.weight", "patch_mid.weight", "patch_long.weight")  # no other model has them
 QUANTISED = re.compile(
     r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map|weight_packed)$"
@@ -67,21 +52,6 @@ FOREIGN = tuple(
         (r"(^|\.)blocks\.0\.attn1\.to_q\.weight$", "a Wan model in diffusers' layout, which has no history memory"),
     )
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read. The message names the file, what is wrong with it and what to do."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies: `offset` bytes into `file`, under the name `key`."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +76,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if "transformer_ode" in (path.absolute().name, path.absolute().parent.name):
         raise CheckpointError(f"{path} is not the model that makes videos. Give the folder that holds transformer_ode.")
     folder = _transformer_folder(path) if path.is_dir() else None
-    stored, metadata = _read_headers([path] if folder is None else _weight_files(folder))
+    stored, metadata = read_headers([path] if folder is None else _weight_files(folder))
     _refuse_foreign(path, stored)
     tensors = _canonical(path, stored)
     config = _config(path, folder, metadata, tensors)
@@ -118,138 +88,6 @@ def target_dtypes(config: TransformerConfig, dtype: torch.dtype) -> dict[str, to
     """The dtype that a transformer of this `dtype` keeps each of its tensors in: some are float32 in any case."""
     weights = HeliosTransformer(config, dtype=dtype, device="meta").state_dict()
     return {name: tensor.dtype for name, tensor in weights.items()}
-
-
-def read_tensors(checkpoint: Checkpoint, target: Callable[[str], torch.dtype]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) in the order of the files, each in the dtype that `target` names for it.
-
-    A tensor stored in that dtype is a copy-on-write view of the file and takes no memory of its own. Of the others one
-    exists at a time, apart from those the caller keeps. Raises CheckpointError for values outside the target's range.
-    """
-
-    def position(item: tuple[str, StoredTensor]) -> tuple[str, int]:
-        return str(item[1].file), item[1].offset
-
-    for _, group in itertools.groupby(sorted(checkpoint.tensors.items(), key=position), key=lambda x: x[1].file):
-        whole_file: mmap.mmap | None = None  # one map for all views: each map holds a file handle until it is gone
-        for name, stored in group:
-            if (dtype := target(name)) != stored.dtype:
-                yield name, _converted(stored, dtype)
-                continue
-            if whole_file is None:
-                whole_file = _map(stored.file, 0, stored.file.stat().st_size)
-            yield name, _view(whole_file, stored, stored.offset)
-
-
-def _map(file: Path, start: int, length: int) -> mmap.mmap:
-    """Map a part of a file, writable without changing the file. `start` is a multiple of ALLOCATIONGRANULARITY."""
-    with file.open("rb") as stream:
-        if sys.platform == "linux":
-            # Without NORESERVE Linux refuses maps larger than RAM and swap. Python 3.11 has no name for the flag.
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-            return mmap.mmap(stream.fileno(), length, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
-        return mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-
-
-def _view(memory: mmap.mmap, stored: StoredTensor, start: int) -> Tensor:
-    count = math.prod(stored.shape)
-    if start % stored.dtype.itemsize:  # other writers do not align; a tensor must be
-        raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * stored.dtype.itemsize, offset=start)
-        return raw.clone().view(stored.dtype).reshape(stored.shape)
-    return torch.frombuffer(memory, dtype=stored.dtype, count=count, offset=start).reshape(stored.shape)
-
-
-def _converted(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
-    # A map of this tensor alone, gone with it: pages of a map that stays would pile up as the file is read.
-    start = stored.offset - stored.offset % mmap.ALLOCATIONGRANULARITY
-    end = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
-    values = _view(_map(stored.file, start, end - start), stored, stored.offset - start)
-    if dtype in (torch.float16, torch.float8_e4m3fn) and stored.dtype.itemsize > 1:
-        limit = torch.finfo(dtype).max
-        low, high = (x.item() for x in values.aminmax())
-        if not (low >= -limit and high <= limit):  # true for NaN as well
-            raise CheckpointError(
-                f"{stored.file}: the values of {stored.key!r} go from {low:.4g} to {high:.4g}, which {dtype} cannot "
-                f"hold (at most {limit:.4g}). Choose bf16."
-            )
-    return values.to(dtype)
-
-
-def _read_headers(files: list[Path]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    stored: dict[str, StoredTensor] = {}
-    metadata: dict[str, str] = {}
-    for file in files:
-        tensors, notes = _read_header(file)
-        if twice := sorted(stored.keys() & tensors.keys()):
-            raise CheckpointError(f"{file} and another shard hold {_some(twice)} both. Download the folder again.")
-        stored |= tensors
-        metadata |= notes
-    return stored, metadata
-
-
-def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, after checking that all of it is there."""
-    if file.suffix.lower() in PICKLES:
-        raise CheckpointError(
-            f"{file} is a pickle, by its name, and opening one can run any code in it. Give a .safetensors file."
-        )
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if not size:
-            raise CheckpointError(f"{file} is empty (0 bytes). Download it again.")
-        if start[8:] != b"{" or length > MAX_HEADER:
-            raise CheckpointError(f"{file} is no safetensors file{_kind(start)}. Give a .safetensors file of Helios.")
-        if 8 + length > size:
-            raise CheckpointError(_truncated(file, size, 8 + length))
-        text = start[8:] + stream.read(length - 1)
-    try:
-        header = json.loads(text)
-        metadata = dict(header.pop("__metadata__", {}))
-        entries = [
-            (key, str(entry["dtype"]), tuple(map(int, entry["shape"])), int(first), int(last))
-            for key, entry in header.items()
-            for first, last in [entry["data_offsets"]]
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"The header of {file} is damaged ({error}). Download the file again.") from error
-
-    end = 8 + length + max((entry[4] for entry in entries), default=0)
-    if end > size:
-        raise CheckpointError(_truncated(file, size, end))
-    tensors: dict[str, StoredTensor] = {}
-    for key, dtype, shape, first, last in entries:
-        if dtype in DTYPES and not (first >= 0 and last - first == math.prod(shape) * DTYPES[dtype].itemsize):
-            raise CheckpointError(
-                f"The header of {file} is damaged ({key!r} of shape {shape} does not fill its {last - first} bytes). "
-                "Download the file again."
-            )
-        # Other types are kept as uint8, for `_check` to name: the file may turn out to be of another model altogether.
-        tensors[key] = StoredTensor(file, key, shape, DTYPES.get(dtype, torch.uint8), 8 + length + first)
-    return tensors, metadata
-
-
-def _kind(start: bytes) -> str:
-    for magic, kind in (
-        (b"PK", " but a pickle saved by torch"),
-        (b"\x80", " but a pickle"),
-        (b"GGUF", " but a GGUF file"),
-        (b"version ", " but a git-lfs pointer; fetch the file itself with `git lfs pull`"),
-        (b"<", " but a web page"),
-    ):
-        if start.startswith(magic):
-            return kind
-    return ""
-
-
-def _truncated(file: Path, size: int, expected: int) -> str:
-    return f"{file} is truncated: {size} bytes are there of at least {expected}. Download it again."
-
-
-def _some(names: Collection[object]) -> str:
-    shown = ", ".join(str(name) for name in list(names)[:SHOWN])
-    return shown + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _transformer_folder(path: Path) -> Path:
@@ -267,11 +105,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if usual in files or len(files) == 1:
         return [usual if usual in files else files[0]]
     if files:
-        names = _some([f.name for f in files])
+        names = some([f.name for f in files])
         raise CheckpointError(f"{folder} holds several files ({names}) and no index of shards. Give one of the files.")
     if pickles := sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICKLES):
         raise CheckpointError(
-            f"{folder} has its weights as pickles only ({_some(pickles)}), and opening one can run any code in it. "
+            f"{folder} has its weights as pickles only ({some(pickles)}), and opening one can run any code in it. "
             "Download the .safetensors files."
         )
     raise CheckpointError(
@@ -292,7 +130,7 @@ def _shards(index: Path) -> list[Path]:
     shards = [index.parent / name for name in sorted(set(where.values()))]
     if missing := [shard.name for shard in shards if not shard.exists()]:
         raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {_some(missing)}. Download them."
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {some(missing)}. Download them."
         )
     return shards
 
@@ -314,11 +152,11 @@ def _refuse_foreign(path: Path, stored: Collection[str]) -> None:
                 raise CheckpointError(f"{path} is no Helios model: {key!r} is a key of {looks_like}.")
         raise CheckpointError(
             f"{path} is no Helios model: none of its {len(stored)} tensors is {' or '.join(HISTORY_PATCHES)}. "
-            f"It begins with {_some(list(stored))}. Give the transformer of a Helios repository."
+            f"It begins with {some(list(stored))}. Give the transformer of a Helios repository."
         )
     if quantised := [key for key in stored if QUANTISED.search(key)]:
         raise CheckpointError(
-            f"{path} is quantised with scales ({_some(quantised)}), which is not supported. Use bf16 weights, or plain "
+            f"{path} is quantised with scales ({some(quantised)}), which is not supported. Use bf16 weights, or plain "
             "fp8_e4m3fn ones made with scripts/convert_checkpoint.py."
         )
 
@@ -398,17 +236,17 @@ def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTe
     if missing or unexpected:
         raise CheckpointError(
             f"{path} does not fit a Helios transformer of {config.num_layers} blocks: "
-            f"{len(missing)} of {len(expected)} tensors are missing{': ' if missing else ''}{_some(missing)}; "
-            f"{len(unexpected)} are unexpected{': ' if unexpected else ''}{_some(unexpected)}. Download it again."
+            f"{len(missing)} of {len(expected)} tensors are missing{': ' if missing else ''}{some(missing)}; "
+            f"{len(unexpected)} are unexpected{': ' if unexpected else ''}{some(unexpected)}. Download it again."
         )
     if wrong := [f"{t.key} {t.shape} for {expected[k]}" for k, t in tensors.items() if t.shape != expected[k]]:
         raise CheckpointError(
-            f"{path} has {len(wrong)} tensors of another shape than its configuration says: {_some(wrong)}. "
+            f"{path} has {len(wrong)} tensors of another shape than its configuration says: {some(wrong)}. "
             "Take config.json and weights from the same repository."
         )
     if unreadable := [t.key for t in tensors.values() if t.dtype not in DTYPES.values()]:
         raise CheckpointError(
-            f"{path} stores {len(unreadable)} tensors in a type that is none of {_some(DTYPES)}: {_some(unreadable)}. "
+            f"{path} stores {len(unreadable)} tensors in a type that is none of {some(DTYPES)}: {some(unreadable)}. "
             "Quantised weights are not supported; use bf16 or plain fp8_e4m3fn ones."
         )
 
@@ -417,7 +255,7 @@ def _variant(path: Path, metadata: Mapping[str, str]) -> Variant | None:
     if (variant := metadata.get(VARIANT_KEY)) is not None:
         if variant not in get_args(Variant):
             raise CheckpointError(
-                f"{path} says in its metadata that it is {variant!r}, which is none of {_some(get_args(Variant))}. "
+                f"{path} says in its metadata that it is {variant!r}, which is none of {some(get_args(Variant))}. "
                 "Convert it again with scripts/convert_checkpoint.py."
             )
         return cast(Variant, variant)

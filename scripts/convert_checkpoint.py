@@ -17,17 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helios_core.checkpoint import (
-    CONFIG_KEY,
-    DTYPES,
-    VARIANT_KEY,
-    Checkpoint,
-    CheckpointError,
-    open_checkpoint,
-    read_tensors,
-    target_dtypes,
-)
+from helios_core.checkpoint import CONFIG_KEY, VARIANT_KEY, Checkpoint, open_checkpoint, target_dtypes
 from helios_core.config import Variant
+from helios_core.safetensors_file import DTYPES, CheckpointError, read_tensors
 
 CHOICES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -105,7 +97,7 @@ def write(checkpoint: Checkpoint, layout: Layout, target: Path) -> None:
         tqdm(total=layout.size, unit="B", unit_scale=True, unit_divisor=1000, desc=checkpoint.path.name) as bar,
     ):
         bar.update(stream.write(layout.header))
-        for name, tensor in read_tensors(checkpoint, layout.dtypes.__getitem__):
+        for name, tensor in read_tensors(checkpoint.tensors, layout.dtypes.__getitem__):
             stream.seek(layout.offsets[name])
             bar.update(stream.write(raw_bytes(tensor)))
         stream.flush()

@@ -20,10 +20,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...helios_core.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from ...helios_core.checkpoint import Checkpoint, open_checkpoint
 from ...helios_core.config import TransformerConfig, Variant
 from ...helios_core.history import History, HistoryLayout
 from ...helios_core.layers import FLOAT8, Block, Modulation
+from ...helios_core.safetensors_file import read_tensors
 from ...helios_core.schedule import TRAIN_STEPS
 from ...helios_core.transformer import HeliosTransformer
 
@@ -205,7 +206,7 @@ def load_model(path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = F
 
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
     weights = {}
-    for name, tensor in read_tensors(checkpoint, targets.__getitem__):
+    for name, tensor in read_tensors(checkpoint.tensors, targets.__getitem__):
         weights[name] = tensor
         bar.update(1)
     model.diffusion_model.load_state_dict(weights, assign=True)

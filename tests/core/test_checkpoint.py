@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from comfyui_helios.helios_core.checkpoint import Checkpoint, CheckpointError, open_checkpoint, read_tensors
+from comfyui_helios.helios_core.checkpoint import Checkpoint, open_checkpoint
 from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.helios_core.safetensors_file import CheckpointError, read_tensors
 from comfyui_helios.helios_core.transformer import HeliosTransformer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ def rename(weights: dict[str, Tensor], names: dict[str, str], prefix: str = "") 
 
 
 def read(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return dict(read_tensors(checkpoint, lambda name: dtype))
+    return dict(read_tensors(checkpoint.tensors, lambda name: dtype))
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -193,7 +194,7 @@ def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path):
     file = tmp_path / "a.safetensors"
     save_file(make_weights(), file)
     before = file.read_bytes()
-    for _, tensor in read_tensors(open_checkpoint(file), lambda name: torch.float32):
+    for _, tensor in read_tensors(open_checkpoint(file).tensors, lambda name: torch.float32):
         tensor.zero_()
     assert file.read_bytes() == before
 
@@ -222,7 +223,7 @@ def test_a_file_larger_than_ram_and_swap_is_mapped(tmp_path):
     save_file(make_weights(dtype=torch.bfloat16), file)
     with file.open("r+b") as stream:
         stream.truncate(room + 2**30)
-    (name, tensor), *_ = read_tensors(open_checkpoint(file), lambda name: torch.bfloat16)
+    (name, tensor), *_ = read_tensors(open_checkpoint(file).tensors, lambda name: torch.bfloat16)
     assert torch.equal(tensor, make_weights(dtype=torch.bfloat16)[name])
 
 
@@ -414,9 +415,9 @@ def test_the_converted_file_holds_what_a_direct_read_gives(script, official, tmp
     assert "distilled" in capsys.readouterr().out
     source, made = open_checkpoint(official), open_checkpoint(target)
     model = HeliosTransformer(ODD_HEADS, dtype=script.CHOICES[dtype], device="meta").state_dict()
-    direct = dict(read_tensors(source, lambda name: model[name].dtype))
+    direct = dict(read_tensors(source.tensors, lambda name: model[name].dtype))
     assert (made.config, made.variant) == (ODD_HEADS, "distilled")
-    assert_same(dict(read_tensors(made, lambda name: model[name].dtype)), direct)
+    assert_same(dict(read_tensors(made.tensors, lambda name: model[name].dtype)), direct)
     assert_same(load_file(target), direct)  # safetensors itself reads it
     assert direct["norm_out.scale_shift_table"].dtype == torch.float32
     assert direct["blocks.0.ffn.net.2.weight"].dtype == script.CHOICES[dtype]
@@ -500,10 +501,11 @@ READ = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from helios_core.checkpoint import open_checkpoint, read_tensors
+from helios_core.checkpoint import open_checkpoint
+from helios_core.safetensors_file import read_tensors
 checkpoint = open_checkpoint(Path(sys.argv[2]))
 print("ready", flush=True), sys.stdin.readline()
-weights = dict(read_tensors(checkpoint, lambda name: torch.bfloat16))
+weights = dict(read_tensors(checkpoint.tensors, lambda name: torch.bfloat16))
 total = sum(int(x.view(torch.uint8).max()) for x in weights.values())  # touches every page
 """
 CONVERT = """
