@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+NO_FLOAT64 = ("mps", "xpu", "privateuseone")  # Apple, Intel, DirectML
 SIGMA_MIN = 1e-8  # keeps log(sigma) finite at the end of a stage
 
 
@@ -20,11 +22,15 @@ def euler_step(latents: Tensor, flow: Tensor, sigma: float, sigma_next: float) -
 
 
 def dmd_step(latents: Tensor, flow: Tensor, sigma: float, sigma_next: float, start: Tensor) -> Tensor:
-    """Jump to x0, then re-noise with `start`, the point where the stage began (not with fresh noise); in float64."""
-    x0 = to_x0(latents.double(), flow.double(), sigma).to(flow.dtype)
+    """Jump to x0, then re-noise with `start`, the point where the stage began (not with fresh noise).
+
+    In float64, as the reference, where the device has it.
+    """
+    wide = torch.float32 if latents.device.type in NO_FLOAT64 else torch.float64
+    x0 = to_x0(latents.to(wide), flow.to(wide), sigma).to(flow.dtype)
     if sigma_next == 0:
         return x0
-    return ((1 - sigma_next) * x0.double() + sigma_next * start.double()).to(start.dtype)
+    return ((1 - sigma_next) * x0.to(wide) + sigma_next * start.to(wide)).to(start.dtype)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ...helios_core.generate import PredictFlow, generate
 from ...helios_core.guidance import cfg, projection
 from ...helios_core.history import History, Memory
 from ...helios_core.schedule import Schedule, stages
-from .model import FlowSampling, HeliosModel, history_conds
+from .model import MEMORY_KEY, FlowSampling, HeliosModel, history_conds
 from .progress import SamplingProgress
 from .prompts import TRACK_KEY, find_track
 
@@ -61,6 +61,9 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         noise = torch.zeros((b, LATENT_CHANNELS, CHUNK_LATENTS, height, width))
         plan = stages(self.schedule, height, width, first_chunk=False)
         timesteps = torch.cat([*(stage.timesteps for stage in plan), torch.zeros(1)]).float()
+        for conds in self.original_conds.values():
+            for cond in conds:
+                cond[MEMORY_KEY] = self.memory
         return self.sample(noise, torch.zeros_like(noise), None, timesteps, seed=self.rng.initial_seed())
 
     def inner_sample(

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.latent_formats
+import torch
 from torch import Tensor
 
 from ...helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, num_chunks
-from ...helios_core.history import HistoryLayout, Memory, keep_last
+from ...helios_core.history import Memory, keep_last
 from ...helios_core.video import HistorySeed, VideoState
 
 STATE_KEY = "helios"
@@ -25,9 +26,16 @@ def video_state(latent: dict[str, Any]) -> VideoState | None:
     state, samples = latent.get(STATE_KEY), latent["samples"]
     if not isinstance(state, VideoState) or samples.shape[2] != num_chunks(state.frames) * CHUNK_LATENTS:
         return None
-    if state.memory is not None and state.memory.latents.shape[-2:] != samples.shape[-2:]:
+    if state.memory is not None and not _ends_in(samples, state.memory):
         return None
     return state
+
+
+def _ends_in(samples: Tensor, memory: Memory) -> bool:
+    """Whether a memory is that of samples (B, 16, 9k, H, W): the host's latent nodes keep keys they do not know."""
+    frames = min(CHUNK_LATENTS, memory.latents.shape[2])
+    shown, kept = samples[:, :, -frames:], memory.latents[:, :, -frames:]
+    return shown.shape == kept.shape and torch.allclose(normalise(shown), kept, atol=1e-3)
 
 
 def follow(seed: HistorySeed, latent: dict[str, Any]) -> tuple[HistorySeed, Memory, bool]:
@@ -52,5 +60,5 @@ def follow(seed: HistorySeed, latent: dict[str, Any]) -> tuple[HistorySeed, Memo
             "frames, height / 8, width / 8), as Helios Chunked Sampler makes it."
         )
     latents = normalise(samples)
-    memory = Memory(keep_last(latents, HistoryLayout().frames), latents[:, :, :1])
+    memory = Memory(keep_last(latents, seed.layout.frames), latents[:, :, :1], seed.layout)
     return replace(seed, source=memory, first_index=max(1, samples.shape[2] // CHUNK_LATENTS)), memory, False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,15 +21,13 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...helios_core.checkpoint import Checkpoint, open_checkpoint
+from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
 from ...helios_core.config import TransformerConfig, Variant
-from ...helios_core.history import History, HistoryLayout
-from ...helios_core.layers import FLOAT8, Block, Modulation
+from ...helios_core.history import History, HistoryLayout, Memory
+from ...helios_core.layers import Block, Modulation
 from ...helios_core.safetensors_file import read_tensors
 from ...helios_core.schedule import TRAIN_STEPS
-from ...helios_core.transformer import HeliosTransformer
-
-log = logging.getLogger(__name__)
+from ...helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
 
 DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
 DTYPE_CHOICES: tuple[DtypeChoice, ...] = get_args(DtypeChoice)
@@ -39,6 +38,11 @@ DTYPES: dict[str, torch.dtype] = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
 SUPPORTED_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+# Names of the history's forward arguments, and how much coarser than the noisy chunk each is patchified.
+HISTORY_LONG, HISTORY_MID, HISTORY_SHORT = "history_long", "history_mid", "history_short"
+MEMORY_KEY = "helios_memory"  # of a cond, while the host sizes memory
+HISTORY = {HISTORY_LONG: LONG_POOL, HISTORY_MID: MID_POOL, HISTORY_SHORT: 1}
 
 
 class HeliosNetwork(HeliosTransformer):
@@ -134,22 +138,26 @@ class HeliosModel(comfy.model_base.BaseModel):
         super().__init__(model_config, flow, device=device, unet_model=HeliosNetwork)
         self.model_sampling = FlowSampling()
 
-    def memory_required(self, input_shape: Sequence[int], cond_shapes: Any = None) -> float:
-        """Bytes of activations of one forward. The host asks with the shape of the full-size noisy chunk."""
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
+        """Before sampling the host sizes memory by these and by the noise; a cond then carries the memory it has."""
+        memory: Memory | None = kwargs.get(MEMORY_KEY)
+        return history_shapes(memory) if memory else {}
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
+        """Bytes of activations of one forward, for a noisy chunk (B, 16, 9, h, w) and the histories in cond_shapes."""
         network: HeliosNetwork = self.diffusion_model
         config = network.config
         batch, _, frames, height, width = input_shape
-        area = height * width / 4
-        layout = HistoryLayout()
-        long, mid, short = layout.sizes
-        history = area * (long / 64 + mid / 8 + short + 1)
-        tokens = frames * area + history
+        tokens = batch * frames * height * width / 4
+        for name, pool in HISTORY.items():
+            for b, _, count, h, w in (cond_shapes or {}).get(name, ()):
+                tokens += b * math.ceil(count / pool) * math.ceil(h / 2 / pool) * math.ceil(w / 2 / pool)
         element = torch.finfo(self.manual_cast_dtype or network.dtype).bits / 8
         # Live at once: the residual stream, its fp32 norm before and after modulation, q, k, v and the attention's
         # output (rotated in fp32), or the hidden layer of the feed-forward before and after its GELU.
         attention = config.inner_dim * (5 * element + 4 * 4)
         feed_forward = config.inner_dim * (2 * element + 4) + config.ffn_dim * 2 * element
-        return batch * tokens * max(attention, feed_forward)
+        return tokens * max(attention, feed_forward)
 
 
 class HeliosModelConfig(comfy.supported_models_base.BASE):
@@ -166,11 +174,19 @@ class HeliosModelConfig(comfy.supported_models_base.BASE):
 def history_conds(history: History, layout: HistoryLayout) -> dict[str, comfy.conds.CONDRegular]:
     """A chunk's history as model_conds: forward arguments, so that compiled code sees them change."""
     return {
-        "history_long": comfy.conds.CONDRegular(history.long),
-        "history_mid": comfy.conds.CONDRegular(history.mid),
-        "history_short": comfy.conds.CONDRegular(history.short),
+        HISTORY_LONG: comfy.conds.CONDRegular(history.long),
+        HISTORY_MID: comfy.conds.CONDRegular(history.mid),
+        HISTORY_SHORT: comfy.conds.CONDRegular(history.short),
         "history_layout": comfy.conds.CONDConstant(layout),
     }
+
+
+def history_shapes(memory: Memory) -> dict[str, list[int]]:
+    """Shapes of `history_conds` for this memory."""
+    batch, channels, _, height, width = memory.latents.shape
+    frames = dict(zip(HISTORY, memory.layout.split, strict=True))
+    frames[HISTORY_SHORT] += memory.layout.keep_first_frame
+    return {name: [batch, channels, count, height, width] for name, count in frames.items()}
 
 
 def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
@@ -179,10 +195,13 @@ def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
         raise ValueError(f"dtype must be one of {', '.join(DTYPE_CHOICES)}, got {choice!r}.")
     if choice != "auto":
         return DTYPES[choice]
-    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    parameters: Counter[torch.dtype] = Counter()
+    for tensor in checkpoint.tensors.values():
+        parameters[tensor.dtype] += math.prod(tensor.shape)
     return comfy.model_management.unet_dtype(
+        model_params=parameters.total(),
         supported_dtypes=SUPPORTED_DTYPES,
-        weight_dtype=next((dtype for dtype in FLOAT8 if dtype in stored), None),
+        weight_dtype=parameters.most_common(1)[0][0],
     )
 
 
@@ -202,7 +221,8 @@ def load_model(path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = F
     config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES))
     model = config.get_model(None, device="meta")
     model.variant = checkpoint.variant
-    targets = {name: parameter.dtype for name, parameter in model.diffusion_model.named_parameters()}
+    # Not from the module itself: newer hosts on Windows make a Linear's weights only when they are loaded.
+    targets = target_dtypes(checkpoint.config, weight_dtype)
 
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
     weights = {}

@@ -12,6 +12,7 @@ from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.nodes.history import HeliosHistoryInjection
+from comfyui_helios.nodes.host.conditioning import SEED_KEY
 from comfyui_helios.nodes.host.latent import video_state
 from comfyui_helios.nodes.host.model import load_model
 from comfyui_helios.nodes.host.prompts import TRACK_KEY
@@ -260,3 +261,25 @@ def test_other_history_sizes_and_no_anchor(model):
         latent = sample(model, QUICK, 66, **options)
         assert torch.isfinite(latent["samples"]).all()
         assert difference(latent["samples"], sample(model, QUICK, 66)["samples"]) > 1e-3
+
+
+def test_an_edited_latent_is_followed_as_it_is_now(model, caplog):
+    """The host's latent nodes keep our key; what they changed must not be undone."""
+    first = sample(model, QUICK, 66)
+    flipped = {**first, "samples": first["samples"].flip(-1)}
+    assert video_state(first).memory is not None
+    assert video_state(flipped) is None
+    going_on = sample(model, QUICK, 33, seed=5, seed_mode="new", previous=flipped)
+    assert "has lost what Helios adds" in caplog.text
+    lost = sample(model, QUICK, 33, seed=5, seed_mode="new", previous={"samples": flipped["samples"]})
+    assert torch.equal(going_on["samples"], lost["samples"])
+    one_of_two = {**sample(model, QUICK, 33, batch_size=2)}
+    one_of_two["samples"] = one_of_two["samples"][:1]
+    assert inputs(previous=one_of_two)[2]["samples"].shape[0] == 1
+
+
+def test_a_longer_history_reaches_back_as_far_as_the_latent_does():
+    lost = {"samples": WAN.process_out(latents(1, 54))}
+    positive, _, _ = inputs(previous=lost, history_long=40)
+    [seed] = [values[SEED_KEY] for _, values in positive]
+    torch.testing.assert_close(seed.source.latents, latents(1, 54)[:, :, -43:], rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.host.conditioning import set_history
 from comfyui_helios.nodes.host.decode import decode_chunks
 from comfyui_helios.nodes.host.latent import video_state
-from comfyui_helios.nodes.host.model import DTYPES, HeliosModel, load_model
+from comfyui_helios.nodes.host.model import DTYPES, MEMORY_KEY, HeliosModel, load_model
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from videos import CASES, CHUNKS, SEED, TOLERANCE, difference, reference_video
 
@@ -404,9 +404,29 @@ def test_warns_of_a_schedule_the_checkpoint_contradicts(model, caplog, wrong):
     assert "schedule is for" not in caplog.text
 
 
-def test_memory_estimate_grows_with_resolution_and_not_with_length(model):
-    estimate = HeliosModel.memory_required
-    native = estimate(model.model, [1, 16, 9, 48, 80])
-    assert estimate(model.model, [2, 16, 9, 48, 80]) == pytest.approx(2 * native)
-    assert estimate(model.model, [1, 16, 9, 96, 160]) == pytest.approx(4 * native)
-    assert HistoryLayout().frames == 19
+def test_memory_estimate_counts_every_token(model):
+    """Noisy 540 / 2160 / 8640 tokens at 384 x 640, history 2400 in every stage, and longer histories if asked for."""
+    network = model.model.diffusion_model
+    token = HeliosModel.memory_required(model.model, [1, 16, 1, 2, 2])
+    assert token >= network.config.inner_dim * 4 * 5
+
+    def tokens(scale, layout):
+        shapes = model.model.extra_conds_shapes(**{MEMORY_KEY: Memory.empty(1, 48, 80, layout)})
+        noisy = [1, 16, 9, 48 // scale, 80 // scale]
+        return HeliosModel.memory_required(model.model, noisy, {k: [v] for k, v in shapes.items()}) / token
+
+    assert [tokens(scale, HistoryLayout()) for scale in (4, 2, 1)] == pytest.approx([2940, 4560, 11040])
+    assert tokens(1, HistoryLayout((64, 64, 64))) == pytest.approx(8640 + 16 * 60 + 32 * 240 + 65 * 960)
+
+
+def test_the_host_is_told_of_the_history_before_it_loads(model, monkeypatch):
+    asked = []
+    right = HeliosModel.memory_required
+
+    def memory_required(self, input_shape, cond_shapes=None):
+        asked.append({name: len(shapes) for name, shapes in (cond_shapes or {}).items()})
+        return right(self, input_shape, cond_shapes)
+
+    monkeypatch.setattr(HeliosModel, "memory_required", memory_required)
+    sample(model, QUICK)
+    assert set(asked[0]) >= {"history_long", "history_mid", "history_short"}
