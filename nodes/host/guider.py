@@ -14,14 +14,20 @@ from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE
 from ...helios_core.generate import PredictFlow, generate
-from ...helios_core.guidance import cfg, projection
+from ...helios_core.guidance import cfg, cfg_zero_star, projection
 from ...helios_core.history import History, Memory
-from ...helios_core.schedule import Schedule, stages
+from ...helios_core.schedule import TRAIN_STEPS, Schedule, stages
 from .model import MEMORY_KEY, FlowSampling, HeliosModel, history_conds
 from .progress import SamplingProgress
 from .prompts import TRACK_KEY, find_track
 
-CFG_HOOKS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
+GUIDANCE_HOOKS = (
+    "sampler_calc_cond_batch_function",
+    "sampler_pre_cfg_function",
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "disable_cfg1_optimization",
+)
 UNSUPPORTED = {
     "area": "area conditioning",
     "mask": "masked conditioning",
@@ -60,11 +66,11 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         # The host sizes memory by the noise it is given: one chunk, however long the video. Noise is drawn in the loop.
         noise = torch.zeros((b, LATENT_CHANNELS, CHUNK_LATENTS, height, width))
         plan = stages(self.schedule, height, width, first_chunk=False)
-        timesteps = torch.cat([*(stage.timesteps for stage in plan), torch.zeros(1)]).float()
+        sigmas = torch.cat([*(stage.timesteps / TRAIN_STEPS for stage in plan), torch.zeros(1)]).float()
         for conds in self.original_conds.values():
             for cond in conds:
                 cond[MEMORY_KEY] = self.memory
-        return self.sample(noise, torch.zeros_like(noise), None, timesteps, seed=self.rng.initial_seed())
+        return self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=self.rng.initial_seed())
 
     def inner_sample(
         self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **newer
@@ -109,51 +115,68 @@ class HeliosGuider(comfy.samplers.CFGGuider):
 
         self.chunk_conds = {name: [with_chunk(cond) for cond in conds] for name, conds in self.conds.items()}
 
+        self.restart_trajectory()
+        sampling: FlowSampling = self.inner_model.model_sampling
+
         def predict(latents: Tensor, timestep: float, sigma: float) -> Tensor:
             self.sigma = sigma
-            batch = torch.full((latents.shape[0],), timestep, device=latents.device)
-            return self(latents, batch, self.options, self.rng.initial_seed())
+            host_sigma = torch.full((latents.shape[0],), timestep / TRAIN_STEPS, device=latents.device)
+            sampling.exact_timestep = timestep
+            try:
+                return self(latents, host_sigma, self.options, self.rng.initial_seed())
+            finally:
+                sampling.exact_timestep = None
 
         return predict
 
+    def restart_trajectory(self) -> None:
+        """Every chunk is denoised from noise again: what the host keeps along the way starts over."""
+        for conds in self.conds.values():
+            for cond in conds:
+                if cond.get("hooks"):
+                    cond["hooks"].reset()
+        self.inner_model.current_patcher.clear_cached_hook_weights()
+        if cache := self.options["transformer_options"].get("easycache"):  # EasyCache and LazyCache
+            cache.reset()
+
     def predict_noise(
-        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed=None
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
     ) -> Tensor:
         """The guided flow at x (B, 16, 9, h, w); called through the MODEL's PREDICT_NOISE wrappers."""
         options = model_options or {}
         positive, negative = self.chunk_conds["positive"], self.chunk_conds.get("negative")
-        if not self.schedule.guided and not options.get("disable_cfg1_optimization", False):
+        if any(options.get(hook) for hook in GUIDANCE_HOOKS):
+            return self._hooked_guidance(x, timestep, positive, negative, options, seed)
+        if not self.schedule.guided:
             negative = None
         cond, uncond = comfy.samplers.calc_cond_batch(self.inner_model, [positive, negative], x, timestep, options)
-        if negative is not None and self.schedule.guidance == "cfg_zero_star":
-            uncond = uncond * projection(cond, uncond)
-        if any(options.get(hook) for hook in CFG_HOOKS):
-            return self._hooked_guidance(x, timestep, cond, uncond, positive, negative, options)
-        return cond if negative is None else cfg(cond, uncond, self.cfg)
-
-    def _hooked_guidance(self, x, timestep, cond, uncond, positive, negative, options) -> Tensor:
-        """Guidance by the MODEL's own functions, which think in denoised latents: x - sigma * flow, there and back."""
-        sigma = torch.full_like(timestep, self.sigma)
-        denoised = [x - self.sigma * flow for flow in (cond, uncond)]
-        for hook in options.get("sampler_pre_cfg_function", []):
-            denoised = hook(
-                {
-                    "conds": [positive, negative],
-                    "conds_out": denoised,
-                    "cond_scale": self.cfg,
-                    "timestep": sigma,
-                    "input": x,
-                    "sigma": sigma,
-                    "model": self.inner_model,
-                    "model_options": options,
-                }
-            )
         if negative is None:
-            denoised[1] = denoised[0]
-        result = comfy.samplers.cfg_function(
-            self.inner_model, *denoised, self.cfg, x, sigma, model_options=options, cond=positive, uncond=negative
-        )
-        return (x - result) / self.sigma
+            return cond
+        guide = cfg_zero_star if self.schedule.guidance == "cfg_zero_star" else cfg
+        return guide(cond, uncond, self.cfg)
+
+    def _hooked_guidance(self, x, timestep, positive, negative, options, seed) -> Tensor:
+        """Guidance by the host, with the MODEL's own functions, which think in denoised latents: there and back."""
+        if self.schedule.guided and self.schedule.guidance == "cfg_zero_star":
+
+            def scale_uncond(args: dict[str, Any]) -> list[Tensor]:
+                cond, uncond, *rest = args["conds_out"]
+                flow, negative_flow = (x - cond) / self.sigma, (x - uncond) / self.sigma
+                return [cond, x - self.sigma * projection(flow, negative_flow) * negative_flow, *rest]
+
+            options = {
+                **options,
+                "sampler_pre_cfg_function": [scale_uncond, *options.get("sampler_pre_cfg_function", [])],
+            }
+        sampling: FlowSampling = self.inner_model.model_sampling
+        sampling.denoise_sigma = self.sigma
+        try:
+            denoised = comfy.samplers.sampling_function(
+                self.inner_model, x, timestep, negative, positive, self.cfg, model_options=options, seed=seed
+            )
+        finally:
+            sampling.denoise_sigma = None
+        return (x - denoised) / self.sigma
 
 
 def check_sampling(model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule) -> int:

@@ -113,19 +113,20 @@ class HeliosNetwork(HeliosTransformer):
 
 
 class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-    """A model_sampling that hands latents, timestep and flow through: the core's solvers do the rest.
+    """A model_sampling that hands latents and flow through: the core's solvers do the rest.
 
-    Its sigmas are in the unit that is passed as timestep, 0..1000, so that a conditioning's timestep range is found.
+    To the host a step's sigma is its timestep / 1000. Within a pyramid stage the flow runs between other points: what
+    the network is told, and what turns flow into denoised latents, is set for each step.
     """
 
+    exact_timestep: float | None = None  # of the running step
+    denoise_sigma: float | None = None  # set while functions of the MODEL expect denoised latents, not flow
+
     def timestep(self, sigma: Tensor) -> Tensor:
-        return sigma
+        return sigma * TRAIN_STEPS if self.exact_timestep is None else torch.full_like(sigma, self.exact_timestep)
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
-        return model_output
-
-    def percent_to_sigma(self, percent: float) -> float:
-        return TRAIN_STEPS * (1.0 - min(max(percent, 0.0), 1.0))
+        return model_output if self.denoise_sigma is None else model_input - self.denoise_sigma * model_output
 
 
 class HeliosModel(comfy.model_base.BaseModel):

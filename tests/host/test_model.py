@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import comfy.latent_formats
 import comfy.model_management
 import comfy.patcher_extension
+import comfy.samplers
 import comfy.sd
 import pytest
 import torch
@@ -210,7 +211,75 @@ def test_post_cfg_function_sees_denoised_latents(model):
     clone = model.clone()
     clone.set_model_sampler_post_cfg_function(post)
     assert not torch.allclose(sample(clone, QUICK)["samples"], sample(model, QUICK)["samples"])
-    assert [round(sigma, 2) for sigma, _ in seen] == [1.0, 1.0, 1.0]
+    assert [sigma for sigma, _ in seen] == pytest.approx([0.998, 0.742, 0.385], abs=1e-3)  # timestep / 1000
+
+
+@pytest.mark.parametrize(
+    "schedule", [replace(BASE, steps=(3,)), replace(MID, steps=(3, 2, 2)), QUICK], ids=["cfg", "zero*", "distilled"]
+)
+def test_functions_of_the_model_can_ask_the_network_again(model, schedule):
+    """As skip-layer guidance does: the same question, at the sigma it is given, has the same denoised answer."""
+
+    def post(args):
+        options = args["model_options"].copy()
+        [again] = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        assert difference(again, args["cond_denoised"]) < 1e-5
+        return args["denoised"] + 3 * (again - args["cond_denoised"])
+
+    def batch(args):
+        return comfy.samplers.calc_cond_batch(
+            args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+        )
+
+    expected = sample(model, schedule)["samples"]
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(post)
+    assert difference(sample(clone, schedule)["samples"], expected) < 1e-4
+    clone = model.clone()
+    clone.model_options["sampler_calc_cond_batch_function"] = batch
+    assert difference(sample(clone, schedule)["samples"], expected) < 1e-4
+
+
+def test_hook_keyframes_run_in_every_chunk(model):
+    """A LoRA that is on for the first steps only is so in each chunk, since each is denoised from noise again."""
+    import comfy.hooks
+
+    rng = torch.Generator().manual_seed(0)
+    lora = {
+        "diffusion_model.blocks.0.attn1.to_q.lora_A.weight": torch.randn(4, 48, generator=rng),
+        "diffusion_model.blocks.0.attn1.to_q.lora_B.weight": torch.randn(48, 4, generator=rng),
+    }
+    hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    keyframes.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.3))
+    hooks.set_keyframes_on_hooks(hook_kf=keyframes)
+    strengths = []
+    clone = model.clone()
+
+    def watch(executor, *args, **kwargs):
+        strengths.append(hooks.hooks[0].strength)
+        return executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "watch", watch)
+    positive, negative = oracle.prompts()
+    sample(
+        clone,
+        replace(BASE, steps=(4,), guidance_scale=1.0),
+        chunks=3,
+        positive=conditioning(positive, hooks=hooks),
+        negative=conditioning(negative),
+    )
+    assert strengths == strengths[:4] * 3
+    assert set(strengths) == {0.0, 1.0}
+
+
+def test_easycache_runs_in_every_chunk(model):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    [cached] = EasyCacheNode.execute(model.clone(), 0.2, 0.15, 0.95, False).result
+    for schedule in (replace(BASE, steps=(8,)), replace(MID, steps=(4, 4, 4))):
+        assert torch.isfinite(sample(cached, schedule, chunks=3)["samples"]).all()
 
 
 def test_timestep_ranges_of_conditioning_are_kept(model):
