@@ -50,6 +50,14 @@ class TransformerConfig:
     history_scale_mode: Literal["scalar", "per_head"] = "per_head"
 
     def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
+        sizes |= {f"{name}[{i}]": getattr(self, name)[i] for name in ("patch_size", "rope_dim") for i in range(3)}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
+        for name in ("eps", "rope_theta"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}.")
         if sum(self.rope_dim) != self.attention_head_dim or any(axis % 2 for axis in self.rope_dim):
             raise ValueError(
                 f"rope_dim {self.rope_dim} must be three even numbers that add up to "
@@ -68,6 +76,10 @@ class TransformerConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
         """Read a `config.json`; keys that are not ours (`_class_name`, ...) are left out."""
         known = {f.name for f in dataclasses.fields(cls)}
+        for name in ("patch_size", "rope_dim"):
+            given = values.get(name, ())
+            if name in values and (not isinstance(given, (list, tuple)) or len(given) != 3):
+                raise ValueError(f"{name} must be three whole numbers, got {given!r}.")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**fields)
 

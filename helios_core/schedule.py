@@ -67,6 +67,8 @@ class Schedule:
                 f"{len(self.steps)} stages of steps {self.steps} do not fit the {len(self.stage_range) - 1} stages of "
                 f"the pyramid's range {self.stage_range}."
             )
+        if not self.gamma > 0 or list(self.stage_range) != sorted(set(self.stage_range)):
+            raise ValueError(f"gamma must be above 0 and stage_range ascend, got {self.gamma} and {self.stage_range}.")
         if self.solver == "dmd" and len(self.steps) == 1:
             raise ValueError("The DMD solver re-noises within the stages of a pyramid; give steps for each stage.")
         if self.amplify_first_chunk and self.solver != "dmd":
@@ -118,15 +120,31 @@ DISTILLED = Schedule("distilled", (2, 2, 2), "dmd", "linear", amplify_first_chun
 PRESETS: dict[Variant, Schedule] = {"base": BASE, "mid": MID, "distilled": DISTILLED}
 
 
+# What a `scheduler_config.json` may say of the things that are built in here.
+FIXED: dict[str, Any] = {
+    "num_train_timesteps": TRAIN_STEPS,
+    "shift": 1.0,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "predict_x0": True,
+    "lower_order_final": True,
+    "thresholding": False,
+    "disable_corrector": [],
+    "solver_p": None,
+}
+
+
 def schedule_from_config(variant: Variant, scheduler: Mapping[str, Any], model_index: Mapping[str, Any]) -> Schedule:
     """The variant's preset, corrected by a repository's `scheduler_config.json` and `model_index.json`."""
     preset = PRESETS[variant]
-    train_steps = scheduler.get("num_train_timesteps", TRAIN_STEPS)
-    if train_steps != TRAIN_STEPS or scheduler.get("shift", 1.0) != 1.0:
-        raise ValueError(
-            f"scheduler_config.json has num_train_timesteps {train_steps} and shift {scheduler.get('shift')}; "
-            f"only {TRAIN_STEPS} and 1.0 are known."
-        )
+    for name, known in {**FIXED, "stages": len(preset.steps)}.items():
+        if (value := scheduler.get(name, known)) != known:
+            raise ValueError(
+                f"scheduler_config.json has {name} {value!r}; only {known!r} is known for Helios-{variant.title()}. "
+                "Download the folder again, or connect a schedule node to the sampler."
+            )
     time_shift = scheduler.get("time_shift_type", preset.time_shift or "exponential")
     changes: dict[str, Any] = {
         "time_shift": time_shift if scheduler.get("use_dynamic_shifting", preset.time_shift is not None) else None,
@@ -190,11 +208,15 @@ def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tu
             grid = np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
         sigmas = torch.cat([torch.from_numpy(grid), torch.zeros(1, dtype=torch.float64)])
         sigmas = shift_time(sigmas, schedule.time_shift, dynamic_shift_mu(tokens, schedule))
-        if schedule.is_pyramid:
+        if not schedule.is_pyramid:
+            timesteps = sigmas[:-1] * TRAIN_STEPS
+        elif schedule.time_shift is None:
+            low, high = _timestep_range(schedule, index)
+            points = len(grid) + (1 if schedule.solver == "dmd" else 0)
+            timesteps = torch.from_numpy(np.linspace(high, low, points)[: len(grid)])
+        else:
             low, high = _timestep_range(schedule, index)
             timesteps = low + sigmas[:-1] * (high - low)
-        else:
-            timesteps = sigmas[:-1] * TRAIN_STEPS
         result.append(Stage(timesteps, sigmas, _renoise(schedule, index) if index else None))
     return tuple(result)
 

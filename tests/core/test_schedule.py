@@ -120,8 +120,37 @@ def test_official_files_win_over_the_preset():
     assert (read.solver, read.time_shift, read.gamma, read.shift_mu[0]) == ("euler", "linear", 0.25, 0.4)
     assert read.guidance == "cfg"
     assert schedule_from_config("base", {"use_dynamic_shifting": False}, {}).time_shift is None
-    with pytest.raises(ValueError, match="num_train_timesteps 500"):
-        schedule_from_config("base", {"num_train_timesteps": 500}, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_train_timesteps": 500}, "num_train_timesteps 500; only 1000 is known for Helios-Mid"),
+        ({"solver_order": 3}, "solver_order 3"),
+        ({"prediction_type": "epsilon"}, "prediction_type 'epsilon'"),
+        ({"stages": 2}, "stages 2; only 3"),
+        ({"gamma": 0}, "gamma must be above 0"),
+        ({"time_shift_type": "cubic"}, "time_shift must be one of"),
+    ],
+)
+def test_official_files_that_ask_for_something_else_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_from_config("mid", config, {})
+
+
+@pytest.mark.parametrize("variant", ["mid", "distilled"])
+@pytest.mark.parametrize("settings", [{"gamma": 0.25}, {"stage_range": (0, 0.4, 0.7, 1)}, {"time_shift": None}])
+def test_pyramid_of_other_settings_equals_the_references(variant, settings):
+    schedule = replace(PRESETS[variant], steps=(2, 5, 3), amplify_first_chunk=False, **settings)
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k != "time_shift"}
+    kind = type(oracle.schedulers(variant))
+    shift = {"mid": "exponential", "distilled": "linear"}[variant]
+    scheduler = kind(use_dynamic_shifting=schedule.time_shift is not None, time_shift_type=shift, **given)
+    for index, stage in enumerate(stages(schedule, H, W, first_chunk=True)):
+        mu = dynamic_shift_mu((540, 2160, 8640)[index], schedule)
+        scheduler.set_timesteps(schedule.steps[index], index, mu=mu)
+        torch.testing.assert_close(stage.timesteps, scheduler.timesteps, rtol=0, atol=1e-9)
+        torch.testing.assert_close(stage.sigmas, scheduler.sigmas, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

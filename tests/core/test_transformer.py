@@ -109,6 +109,22 @@ def test_published_size():
         assert math.prod(model.token_grid(torch.empty(1, 16, 9, 48 // stage, 80 // stage))) == count
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_layers": "2"}, "num_layers must be a whole number above 0, got '2'"),
+        ({"num_layers": None}, "num_layers"),
+        ({"ffn_dim": 0}, "ffn_dim"),
+        ({"patch_size": [1, 2]}, "patch_size must be three whole numbers"),
+        ({"eps": "x"}, "eps must be a number"),
+        ({"rope_dim": [44, 42, 40]}, "add up to"),
+    ],
+)
+def test_configs_that_cannot_be_built_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig.from_dict(values)
+
+
 def test_needs_no_host():
     """The core runs where ComfyUI is not; in a process of its own, since this one has aliases for the tests."""
     import subprocess
