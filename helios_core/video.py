@@ -28,6 +28,7 @@ class VideoHistory:
 
     anchor: Tensor  # (B, 16, 1, H, W), its first frame
     latents: Tensor  # (B, 16, 9k, H, W), its last whole chunks, encoded one by one
+    skipped: int = 0  # whole chunks before these, which no history reaches and nobody encoded
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class HistorySeed:
             past = _expand(self.source.latents, batch)
             if self.add_noise:
                 anchor = _noised(anchor, self.image_sigmas, 1, rng)
+                for _ in range(self.source.skipped):  # the reference draws for all of the video
+                    _noised(torch.zeros_like(past[:, :, :CHUNK_LATENTS]), self.video_sigmas, CHUNK_LATENTS, rng)
                 chunks = past.split(CHUNK_LATENTS, dim=2)
                 past = torch.cat([_noised(chunk, self.video_sigmas, chunk.shape[2], rng) for chunk in chunks], dim=2)
         return Memory(keep_last(past, self.layout.frames), anchor, self.layout)

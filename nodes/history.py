@@ -22,7 +22,7 @@ from ..helios_core.video import NOISE_SIGMAS, HistorySeed, VideoState
 from .host.compat import advanced, schema
 from .host.conditioning import set_history
 from .host.latent import STATE_KEY, follow
-from .host.media import Fit, encode_image, encode_video, prepare_images, video_frames
+from .host.media import Fit, encode_image, encode_video, needed_frames, prepare_images, video_frames
 from .host.progress import warn
 
 
@@ -181,7 +181,9 @@ class HeliosHistoryInjection(io.ComfyNode):
             batch_size = batch_of(len(images), batch_size)
             seed = replace(seed, source=encode_image(vae, images))
         elif video is not None:
-            seed = replace(seed, source=encode_video(vae, prepare_images(video_frames(video), width, height, fit)))
+            first, last, skipped = needed_frames(video_frames(video), seed.layout.frames)
+            first, last = (prepare_images(part, width, height, fit) for part in (first, last))
+            seed = replace(seed, source=encode_video(vae, first, last, skipped))
         elif previous is not None:
             seed, memory, carried = follow(seed, previous)
             if not carried:

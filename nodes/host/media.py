@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -113,10 +114,11 @@ def encode_image(vae: Any, images: Tensor) -> ImageHistory:
     return ImageHistory(torch.cat(anchors), torch.cat(lasts))
 
 
-def encode_video(vae: Any, frames: Tensor) -> VideoHistory:
-    """Prepared frames (F, H, W, 3) at 24 fps -> what a video-to-video begins from: the last whole chunks of 33.
+def needed_frames(frames: Tensor, latents: int) -> tuple[Tensor, Tensor, int]:
+    """Of a video (F, H, W, C) at 24 fps: its first frame, the last whole chunks of 33 that a history of so many latent
+    frames reaches, and how many whole chunks there are before those.
 
-    Raises ValueError for fewer than 33 frames, or if the VAE is not of Wan 2.1's shape.
+    Raises ValueError for fewer than 33 frames.
     """
     count = len(frames)
     if count < CHUNK_FRAMES:
@@ -124,10 +126,20 @@ def encode_video(vae: Any, frames: Tensor) -> VideoHistory:
             f"The video has {count} frame{'s' if count > 1 else ''} at {FRAME_RATE} fps; expected at least "
             f"{CHUNK_FRAMES}. Connect a longer video, or a single image to start_image."
         )
-    chunks = frames[count % CHUNK_FRAMES :].split(CHUNK_FRAMES)
+    chunks = count // CHUNK_FRAMES
+    kept = min(chunks, math.ceil(latents / CHUNK_LATENTS))
+    return frames[:1], frames[count - kept * CHUNK_FRAMES :], chunks - kept
+
+
+def encode_video(vae: Any, first: Tensor, last: Tensor, skipped: int = 0) -> VideoHistory:
+    """Prepared parts of a video, as `needed_frames` names them -> what a video-to-video begins from.
+
+    Raises ValueError if the VAE is not of Wan 2.1's shape.
+    """
+    chunks = last.split(CHUNK_FRAMES)
     bar = comfy.utils.ProgressBar(1 + len(chunks))
-    anchor = _encode(vae, frames[:1], bar)
-    return VideoHistory(anchor, torch.cat([_encode(vae, chunk, bar) for chunk in chunks], dim=2))
+    anchor = _encode(vae, first, bar)
+    return VideoHistory(anchor, torch.cat([_encode(vae, chunk, bar) for chunk in chunks], dim=2), skipped)
 
 
 def _encode(vae: Any, frames: Tensor, bar: comfy.utils.ProgressBar) -> Tensor:

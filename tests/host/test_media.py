@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given, settings
 
 from comfyui_helios.nodes.host.folder import load_vae
-from comfyui_helios.nodes.host.media import encode_image, encode_video, prepare_images, video_frames
+from comfyui_helios.nodes.host.media import encode_image, encode_video, needed_frames, prepare_images, video_frames
 from tiny import make_scheduler, make_vae
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -271,7 +271,7 @@ def test_images_are_encoded_as_in_the_reference(vae, reference):
 def test_a_video_is_encoded_as_in_the_reference(vae, reference, frames):
     pixels = noise(frames, HEIGHT, WIDTH, 3)
     anchor, latents = reference(frames=pixels)
-    history = encode_video(vae, pixels)
+    history = encode_video(vae, *needed_frames(pixels, 99))
     assert latents.shape[2] == frames // 33 * 9
     same(history.anchor, anchor)
     same(history.latents, latents)
@@ -300,7 +300,7 @@ def test_half_precision_latents_of_the_host_are_normalised_in_float32(vae):
 def test_a_short_video_is_refused(vae, frames):
     plural = "s" if frames > 1 else ""
     with pytest.raises(ValueError, match=rf"has {frames} frame{plural} at 24 fps; expected at least 33\..*start_image"):
-        encode_video(vae, noise(frames, HEIGHT, WIDTH, 3))
+        needed_frames(noise(frames, HEIGHT, WIDTH, 3), 19)
 
 
 class Encoder:
@@ -320,7 +320,7 @@ class Encoder:
     [(1, 48, 1, 4, 6), (1, 4, 8, 12), (1, 16, 8, 12), (1, 128, 1, 2, 3), (1, 16, 1, 4, 6), (1, 16, 2, 8, 12)],
     ids=["Wan 2.2", "SD", "Flux", "LTX", "16x in space", "two for one frame"],
 )
-@pytest.mark.parametrize("encode", [encode_image, lambda vae, x: encode_video(vae, x.expand(33, -1, -1, -1))])
+@pytest.mark.parametrize("encode", [encode_image, lambda vae, x: encode_video(vae, x, x.expand(33, -1, -1, -1))])
 def test_another_vae_is_refused(shape, encode):
     with pytest.raises(ValueError, match=r"shape \(.*expected \(1, 16, 1, 8, 12\).*Wan 2.1 VAE"):
         encode(Encoder(*shape), torch.zeros(1, HEIGHT, WIDTH, 3))
@@ -334,7 +334,7 @@ def test_encoding_can_be_cancelled_between_two_chunks():
 
     vae = Cancelled(1, 16, 1, 8, 12)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        encode_video(vae, torch.zeros(99, HEIGHT, WIDTH, 3))
+        encode_video(vae, *needed_frames(torch.zeros(99, HEIGHT, WIDTH, 3), 19))
     assert vae.calls == 1
 
 
@@ -342,7 +342,9 @@ def test_encoding_can_be_cancelled_between_two_chunks():
 def test_progress_reaches_its_end(vae, monkeypatch):
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
-    encode_video(vae, noise(66, HEIGHT, WIDTH, 3))  # newer hosts leave out what follows too fast, never the last
+    encode_video(
+        vae, *needed_frames(noise(66, HEIGHT, WIDTH, 3), 19)
+    )  # newer hosts leave out what follows too fast, never the last
     assert seen[-1] == (3, 3)
     encode_image(vae, noise(2, HEIGHT, WIDTH, 3))
     assert seen[-1] == (4, 4)
