@@ -27,9 +27,10 @@ class Step:
     sigma: float
     result: Tensor  # the latents after the step
 
-    def preview(self) -> Tensor:
-        """Clean latents as the network sees them coming, (B, 16, 9, h, w)."""
-        return to_x0(self.latents, self.flow, self.sigma)
+    def preview(self, frame: int) -> Tensor:
+        """One clean latent frame as the network sees it coming, (B, 16, 1, h, w)."""
+        latents, flow = (x[:, :, frame : frame + 1] for x in (self.latents, self.flow))
+        return to_x0(latents, flow, self.sigma)
 
 
 PredictFlow = Callable[[Tensor, float, float], Tensor]

@@ -18,6 +18,7 @@ from .host.text import encode_prompt
 from .text import NEGATIVE, POSITIVE
 
 SLOTS = (1, 2, 3, 4)
+UNITS = ("chunks", "seconds")
 PROMPTS = (
     POSITIVE,
     "The red fox runs out of the snowy birch forest onto a frozen lake and slows to a careful walk. The low golden sun "
@@ -50,7 +51,7 @@ class HeliosPromptSchedule(io.ComfyNode):
                 *(widget for number in SLOTS for widget in _slot(number)),
                 io.Combo.Input(
                     "unit",
-                    options=["chunks", "seconds"],
+                    options=list(UNITS),
                     default="chunks",
                     tooltip="What the lengths count. A chunk is 33 frames, 1.375 seconds; lengths are rounded to whole "
                     "chunks, and the node shows what became of them.",
@@ -157,6 +158,8 @@ def _track_before(before: list | None) -> PromptTrack:
 
 
 def _whole_chunks(length: float, unit: str) -> int:
+    if unit not in UNITS:  # the host (0.3.75) lets any value of a V3 combo pass
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}.")
     chunks = length * FRAME_RATE / CHUNK_FRAMES if unit == "seconds" else length
     return max(1, math.floor(chunks + 0.5))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+NEWER = ("search_aliases", "advanced")
+
 
 def schema(**kwargs: Any) -> io.Schema:
     """`io.Schema` without the fields this host does not know, such as `search_aliases`."""
@@ -20,4 +22,4 @@ def advanced(make: type, *args: Any, **kwargs: Any) -> Any:
 
 def _known(make: type, kwargs: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(make).parameters
-    return {name: value for name, value in kwargs.items() if name in parameters}
+    return {name: value for name, value in kwargs.items() if name in parameters or name not in NEWER}

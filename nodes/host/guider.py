@@ -191,6 +191,8 @@ def check_sampling(model_patcher: Any, positive: list, negative: list, latents: 
             "The MODEL went through a node that replaces its sampling (such as ModelSamplingSD3). "
             "Take that node out: the shift of Helios is part of its schedule."
         )
+    if not positive:
+        raise ValueError("The positive conditioning is empty. Connect a prompt through Helios History Injection.")
     for name, conditioning in (("positive", positive), ("negative", negative)):
         found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
         if found:

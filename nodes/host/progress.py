@@ -30,8 +30,7 @@ class SamplingProgress:
         check_interrupt()
         preview = None
         if self.previewer is not None:
-            middle = step.latents.shape[2] // 2  # the host's previewers show a video's frame 0
-            frame = step.preview()[:1, :, middle : middle + 1]
+            frame = step.preview(step.latents.shape[2] // 2)[:1]  # the host's previewers show a video's frame 0
             preview = self.previewer.decode_latent_to_preview_image("JPEG", frame)
         self.done += 1
         self.bar.update_absolute(self.done, preview=preview)

@@ -156,11 +156,13 @@ def test_a_size_the_variant_cannot_make_is_explained_before_anything_loads(serve
     good_run(server, info, seed=31)
 
 
-@pytest.mark.parametrize("inputs", [{"folder": "../../etc"}, {"dtype": "int4"}, {"shift_level": "none"}])
+@pytest.mark.parametrize(
+    "inputs", [{"folder": "../../etc"}, {"dtype": "int4"}, {"shift_level": "none"}, {"unit": "days"}]
+)
 def test_values_that_are_not_on_the_list_are_named(server, info, inputs):
     """Newer hosts reject them; 0.3.75 does not look at the lists of V3 nodes."""
     with pytest.raises((PromptRejected, ExecutionFailed), match=re.escape(*inputs.values())):
-        run_workflow(server.url, small_api(DISTILLED, info, **inputs))
+        run_workflow(server.url, small_api("helios_interactive", info, **inputs))
 
 
 @pytest.mark.parametrize("inputs", [{"frames": 0}, {"steps_stage_2": 0}])
