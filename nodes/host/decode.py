@@ -47,7 +47,8 @@ def decode_chunks(
                 images = torch.empty(shape, dtype=pixels.dtype, device=pixels.device)
             if crossfade and last is not None:
                 weight = torch.arange(1, crossfade + 1, device=pixels.device).view(-1, 1, 1, 1) / (crossfade + 1)
-                pixels[:crossfade] = torch.lerp(last, pixels[:crossfade], weight.to(pixels.dtype))
+                fade = torch.lerp(last, pixels[:crossfade], weight.to(pixels.dtype))
+                pixels = torch.cat([fade, pixels[crossfade:]])
             last = pixels[-1].clone() if crossfade else None
             start = chunk * CHUNK_FRAMES - drop_first  # where this chunk's first frame belongs
             kept = pixels[max(0, -start) : max(0, end - drop_first - start)]

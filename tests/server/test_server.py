@@ -43,6 +43,15 @@ def test_a_workflow_gives_whole_chunks(server, info, name):
     assert abs(frames[40].astype(int) - frames[50]).mean() > 5  # and it moves
 
 
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_the_loaders_own_schedule_is_that_of_the_workflow(server, info, variant):
+    """What the folder's files say, against the schedule node with its defaults."""
+    api = with_latents(small_api(f"helios_t2v_{variant}", info, frames=33), "node")
+    expected = latents(server, run_workflow(server.url, api))
+    api[find(api, "HeliosChunkedSampler")]["inputs"]["schedule"] = [find(api, "HeliosDiffusersLoader"), 3]
+    assert torch.equal(latents(server, run_workflow(server.url, api)), expected)
+
+
 def test_trim_gives_the_frames_asked_for(server, info):
     frames, _ = video(server, run_workflow(server.url, small_api(DISTILLED, info, trim=True)))
     assert len(frames) == 40
