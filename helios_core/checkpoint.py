@@ -266,6 +266,6 @@ def _variant(path: Path, metadata: Mapping[str, str]) -> Variant | None:
         return None
     if pipeline.get("is_distilled") or schedule.get("_class_name") == "HeliosDMDScheduler":
         return "distilled"
-    if pipeline.get("_class_name") == "HeliosPyramidPipeline" or schedule.get("stages") == 3:
-        return "mid"
-    return "base"
+    if name := pipeline.get("_class_name"):
+        return "mid" if name == "HeliosPyramidPipeline" else "base"
+    return "mid" if schedule.get("stages") == 3 else "base"

@@ -142,8 +142,7 @@ def schedule_from_config(variant: Variant, scheduler: Mapping[str, Any], model_i
     for name, known in {**FIXED, "stages": len(preset.steps)}.items():
         if (value := scheduler.get(name, known)) != known:
             raise ValueError(
-                f"scheduler_config.json has {name} {value!r}; only {known!r} is known for Helios-{variant.title()}. "
-                "Download the folder again, or connect a schedule node to the sampler."
+                f"scheduler_config.json has {name} {value!r}; only {known!r} is known for Helios-{variant.title()}."
             )
     time_shift = scheduler.get("time_shift_type", preset.time_shift or "exponential")
     changes: dict[str, Any] = {

@@ -9,6 +9,7 @@ from .host.compat import schema
 from .host.folder import load_text_encoder, load_vae
 from .host.model import DTYPE_CHOICES, DTYPES, load_model
 from .host.official import find_folder, list_folders, read_schedule
+from .host.progress import warn
 from .schedule import HeliosScheduleSocket
 
 DTYPE_TOOLTIP = (
@@ -72,12 +73,15 @@ class HeliosDiffusersLoader(io.ComfyNode):
                 io.Vae.Output(display_name="vae"),
                 HeliosScheduleSocket.Output(display_name="schedule", tooltip="As the folder's own files say."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, folder, dtype) -> io.NodeOutput:
         path = find_folder(folder)
-        schedule = read_schedule(path)
+        schedule, warning = read_schedule(path)
+        if warning:
+            warn(warning, cls.hidden.unique_id)
         model = load_model(str(path), dtype)
         text_dtype = None if dtype in ("auto", "fp8_e4m3fn") else DTYPES[dtype]
         return io.NodeOutput(model, load_text_encoder(path, text_dtype), load_vae(path), schedule)

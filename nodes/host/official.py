@@ -10,7 +10,7 @@ from typing import Any
 import folder_paths
 
 from ...helios_core.checkpoint import open_checkpoint
-from ...helios_core.schedule import Schedule, schedule_from_config
+from ...helios_core.schedule import PRESETS, Schedule, schedule_from_config
 
 DEPTH = 3  # <user>/<repository>, and one level for people who sort their models
 
@@ -32,14 +32,20 @@ def find_folder(name: str) -> Path:
     return folders[name]
 
 
-def read_schedule(folder: Path) -> Schedule:
-    """The variant's schedule, from the folder's `model_index.json` and `scheduler/scheduler_config.json`."""
+def read_schedule(folder: Path) -> tuple[Schedule, str | None]:
+    """The variant's schedule by the folder's `model_index.json` and `scheduler/scheduler_config.json`.
+
+    Where these ask for something unknown, the variant's usual schedule, and a warning. Raises ValueError for a folder
+    that does not say which variant it is.
+    """
     variant = open_checkpoint(folder).variant
     if variant is None:
         raise ValueError(f"{folder.name} has no model_index.json that names a Helios pipeline; download it again.")
-    return schedule_from_config(
-        variant, _read_json(folder / "scheduler" / "scheduler_config.json"), _read_json(folder / "model_index.json")
-    )
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        return schedule_from_config(variant, scheduler, _read_json(folder / "model_index.json")), None
+    except (ValueError, TypeError) as error:
+        return PRESETS[variant], f"{error} The loader gives out the usual schedule of Helios-{variant.title()}."
 
 
 def _folders() -> dict[str, Path]:
@@ -47,8 +53,10 @@ def _folders() -> dict[str, Path]:
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
         for parent, names, _ in os.walk(root, followlinks=True):
             path = Path(parent)
-            if (path / "transformer" / "config.json").is_file():
-                found.setdefault(path.relative_to(root).as_posix(), path)
+            config = path / "transformer" / "config.json"
+            if config.is_file():
+                if "Helios" in _read_json(config).get("_class_name", "Helios"):  # not another model's repository
+                    found.setdefault(path.relative_to(root).as_posix(), path)
                 names.clear()
             elif len(path.relative_to(root).parts) >= DEPTH:
                 names.clear()

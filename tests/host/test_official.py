@@ -1,0 +1,48 @@
+"""Official folders below models/diffusers: which are listed, and the schedule their files describe."""
+
+import json
+
+import folder_paths
+import pytest
+
+from comfyui_helios.helios_core.schedule import DISTILLED
+from comfyui_helios.nodes.host.official import find_folder, list_folders, read_schedule
+from tiny import make_official_folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("diffusers")
+    make_official_folder(root / "BestWishYsh" / "Helios-Distilled", "distilled")
+    other = root / "FLUX.1-dev" / "transformer"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    folder_paths.add_model_folder_path("diffusers", str(root))
+    return root
+
+
+def test_only_helios_folders_are_listed(models):
+    assert list_folders() == ["BestWishYsh/Helios-Distilled"]
+    assert find_folder("BestWishYsh/Helios-Distilled") == models / "BestWishYsh" / "Helios-Distilled"
+
+
+@pytest.mark.parametrize("name", ["FLUX.1-dev", "..", "/etc", ""])
+def test_other_names_are_refused(models, name):
+    with pytest.raises(ValueError, match="Put a copy of BestWishYsh/Helios-Distilled there"):
+        find_folder(name)
+
+
+def test_an_unknown_scheduler_file_warns_and_gives_the_usual_schedule(models):
+    folder = models / "BestWishYsh" / "Helios-Distilled"
+    file = folder / "scheduler" / "scheduler_config.json"
+    kept = file.read_text()
+    schedule, warning = read_schedule(folder)
+    assert warning is None
+    assert (schedule.solver, schedule.time_shift) == ("dmd", "linear")
+    try:
+        file.write_text(json.dumps({**json.loads(kept), "prediction_type": "epsilon"}))
+        schedule, warning = read_schedule(folder)
+    finally:
+        file.write_text(kept)
+    assert schedule == DISTILLED
+    assert "prediction_type 'epsilon'" in warning
