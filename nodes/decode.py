@@ -46,7 +46,12 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
                     tooltip="Fade over the seams: this many frames of a chunk come out of the last frame before it.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="All frames; connect Create Video.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="images",
+                    tooltip="24 a second: set Create Video to fps 24.",
+                )
+            ],
         )
 
     @classmethod

@@ -23,7 +23,7 @@ from .host.compat import advanced, schema
 from .host.conditioning import set_history
 from .host.latent import STATE_KEY, follow
 from .host.media import Fit, encode_image, encode_video, needed_frames, prepare_images, video_frames
-from .host.progress import warn
+from .host.progress import clear_warning, warn
 
 
 def sigma_input(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -48,8 +48,8 @@ class HeliosHistoryInjection(io.ComfyNode):
             ),
             search_aliases=["helios", "text to video", "image to video", "video to video", "extend video"],
             inputs=[
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("positive", tooltip="From Helios Text Encode or Helios Prompt Schedule."),
+                io.Conditioning.Input("negative", tooltip="From the same node."),
                 io.Vae.Input("vae", optional=True, tooltip="The Wan 2.1 VAE; needed for start_image and video."),
                 io.Image.Input(
                     "start_image",
@@ -166,6 +166,7 @@ class HeliosHistoryInjection(io.ComfyNode):
         history_mid: int = HISTORY_SIZES[1],
         history_short: int = HISTORY_SIZES[2],
     ) -> io.NodeOutput:
+        clear_warning(cls.hidden.unique_id)
         check_sources(vae, start_image=start_image, video=video, previous=previous)
         chunks = num_chunks(frames)
         seed = HistorySeed(

@@ -9,7 +9,7 @@ from .host.compat import schema
 from .host.folder import load_text_encoder, load_vae
 from .host.model import DTYPE_CHOICES, DTYPES, load_model
 from .host.official import find_folder, list_folders, read_schedule
-from .host.progress import warn
+from .host.progress import clear_warning, warn
 from .schedule import HeliosScheduleSocket
 
 DTYPE_TOOLTIP = (
@@ -79,6 +79,7 @@ class HeliosDiffusersLoader(io.ComfyNode):
     @classmethod
     def execute(cls, folder, dtype) -> io.NodeOutput:
         path = find_folder(folder)
+        clear_warning(cls.hidden.unique_id)
         schedule, warning = read_schedule(path)
         if warning:
             warn(warning, cls.hidden.unique_id)

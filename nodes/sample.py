@@ -11,7 +11,7 @@ from .host.compat import schema
 from .host.conditioning import find_history
 from .host.guider import HeliosGuider, check_sampling
 from .host.latent import STATE_KEY, video_state
-from .host.progress import warn
+from .host.progress import clear_warning, warn
 from .schedule import HeliosScheduleSocket
 
 
@@ -49,7 +49,15 @@ class HeliosChunkedSampler(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="Decode it with Helios Chunked VAE Decode.")],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip=(
+                        "For Helios Chunked VAE Decode. The ordinary VAE Decode takes all for one clip: 69 frames "
+                        "for 66, and wrong at the seams."
+                    ),
+                )
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -61,11 +69,12 @@ class HeliosChunkedSampler(io.ComfyNode):
         rng = make_rng(history_seed, seed, seed_mode)
         batch, _, _, height, width = samples.shape
         memory = history_seed.start(batch, height, width, rng)
+        clear_warning(cls.hidden.unique_id)
         variant = model.model.variant
         if variant not in (None, schedule.variant):
             warn(
-                f"The model is Helios-{variant.title()}, but the schedule is for Helios-{schedule.variant.title()}: "
-                "the video will look wrong. Connect the schedule of the model's variant.",
+                f"Wrong schedule: the model is Helios-{variant.title()}, the schedule is Helios-"
+                f"{schedule.variant.title()}'s. Connect the schedule of the model's variant, or the loader's own.",
                 cls.hidden.unique_id,
             )
 

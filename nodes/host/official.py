@@ -17,17 +17,17 @@ DEPTH = 3  # <user>/<repository>, and one level for people who sort their models
 
 def list_folders() -> list[str]:
     """Names, relative to models/diffusers, of the folders that hold a `transformer/config.json`."""
-    return sorted(_folders())
+    return sorted(_folders(), key=lambda name: ("distilled" not in name.lower(), name))  # the first is the default
 
 
 def find_folder(name: str) -> Path:
     """The folder behind a name of `list_folders`. ValueError for any other name."""
     folders = _folders()
     if name not in folders:
+        roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
         raise ValueError(
-            f"No Helios folder {name!r} below models/diffusers; found: {', '.join(sorted(folders)) or 'none'}. "
-            "Put a copy of BestWishYsh/Helios-Distilled there (model_index.json, scheduler, text_encoder, tokenizer, "
-            "transformer, vae)."
+            f"There is no Helios folder {name!r} in {roots} (found: {', '.join(list_folders()) or 'none'}). "
+            "Put a copy of the repository there, such as BestWishYsh/Helios-Distilled, without transformer_ode/."
         )
     return folders[name]
 

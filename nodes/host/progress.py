@@ -41,10 +41,22 @@ def check_interrupt() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
+_warned: set[str] = set()  # nodes that show a warning
+
+
 def warn(message: str, node_id: str | None = None) -> None:
     """Log a warning and show it on the node."""
     log.warning(message)
     tell(message, node_id)
+    if node_id is not None:
+        _warned.add(node_id)
+
+
+def clear_warning(node_id: str | None) -> None:
+    """Take back what an earlier run warned of on this node; call before a run warns anew."""
+    if node_id is not None and node_id in _warned:
+        _warned.discard(node_id)
+        tell("", node_id)
 
 
 def tell(message: str, node_id: str | None) -> None:

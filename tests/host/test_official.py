@@ -28,7 +28,7 @@ def test_only_helios_folders_are_listed(models):
 
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "..", "/etc", ""])
 def test_other_names_are_refused(models, name):
-    with pytest.raises(ValueError, match="Put a copy of BestWishYsh/Helios-Distilled there"):
+    with pytest.raises(ValueError, match="Put a copy of the repository there"):
         find_folder(name)
 
 
