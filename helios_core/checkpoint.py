@@ -81,7 +81,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = _canonical(path, stored)
     config = _config(path, folder, metadata, tensors)
     _check(path, config, tensors)
-    return Checkpoint(path, config, _variant(path, metadata), tensors)
+    return Checkpoint(path, config, read_variant(path, metadata), tensors)
 
 
 def target_dtypes(config: TransformerConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -251,7 +251,9 @@ def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTe
         )
 
 
-def _variant(path: Path, metadata: Mapping[str, str]) -> Variant | None:
+def read_variant(path: Path, metadata: Mapping[str, str] | None = None) -> Variant | None:
+    """Which variant a file's metadata or a repository's folder says it is; None where neither does."""
+    metadata = metadata or {}
     if (variant := metadata.get(VARIANT_KEY)) is not None:
         if variant not in get_args(Variant):
             raise CheckpointError(

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...helios_core.safetensors_file import some
+
 LATENT_CHANNELS = 16
 DOWNLOAD = "Download it from the same Helios repository (BestWishYsh/Helios-Distilled, -Mid or -Base)."
-SHOWN = 10  # names an error lists before it only counts
 
 # Sizes of UMT5-XXL, the ones the host builds unless it is told others.
 UMT5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 256384}
@@ -78,7 +79,7 @@ def load_text_encoder(
     part = _part(folder, "text_encoder")
     config = _config(part, UMT5_FIXED)
     if missing := UMT5_XXL.keys() - config.keys():
-        raise ValueError(f"{part / 'config.json'} does not say {_some(sorted(missing))}. {DOWNLOAD}")
+        raise ValueError(f"{part / 'config.json'} does not say {some(sorted(missing))}. {DOWNLOAD}")
     tensors = _text_tensors(part, config)
     target = dtype or _usual_dtype(tensors[UMT5_NORM].dtype)
     if _host_assigns(disable_dynamic):
@@ -132,7 +133,7 @@ def _text_tensors(part: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     _check_names(part, tensors.keys(), expected.keys())
     wrong = [f"{k} {tuple(t.shape)} for {expected[k]}" for k, t in tensors.items() if tuple(t.shape) != expected[k]]
     if wrong:
-        raise ValueError(f"{part} has weights of another shape than its config.json says: {_some(wrong)}. {DOWNLOAD}")
+        raise ValueError(f"{part} has weights of another shape than its config.json says: {some(wrong)}. {DOWNLOAD}")
     return tensors
 
 
@@ -241,10 +242,6 @@ def _check_names(part: Path, given: Any, expected: Any) -> None:
     missing, unexpected = sorted(expected - given), sorted(given - expected)
     if missing or unexpected:
         raise ValueError(
-            f"The weights in {part} do not fit: {len(missing)} missing{': ' if missing else ''}{_some(missing)}; "
-            f"{len(unexpected)} unexpected{': ' if unexpected else ''}{_some(unexpected)}. {DOWNLOAD}"
+            f"The weights in {part} do not fit: {len(missing)} missing{': ' if missing else ''}{some(missing)}; "
+            f"{len(unexpected)} unexpected{': ' if unexpected else ''}{some(unexpected)}. {DOWNLOAD}"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -9,7 +9,7 @@ from typing import Any
 
 import folder_paths
 
-from ...helios_core.checkpoint import open_checkpoint
+from ...helios_core.checkpoint import read_variant
 from ...helios_core.schedule import PRESETS, Schedule, schedule_from_config
 
 DEPTH = 3  # <user>/<repository>, and one level for people who sort their models
@@ -38,7 +38,7 @@ def read_schedule(folder: Path) -> tuple[Schedule, str | None]:
     Where these ask for something unknown, the variant's usual schedule, and a warning. Raises ValueError for a folder
     that does not say which variant it is.
     """
-    variant = open_checkpoint(folder).variant
+    variant = read_variant(folder)
     if variant is None:
         raise ValueError(f"{folder.name} has no model_index.json that names a Helios pipeline; download it again.")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
@@ -55,12 +55,21 @@ def _folders() -> dict[str, Path]:
             path = Path(parent)
             config = path / "transformer" / "config.json"
             if config.is_file():
-                if "Helios" in _read_json(config).get("_class_name", "Helios"):  # not another model's repository
+                if _may_be_helios(config):
                     found.setdefault(path.relative_to(root).as_posix(), path)
                 names.clear()
             elif len(path.relative_to(root).parts) >= DEPTH:
                 names.clear()
     return found
+
+
+def _may_be_helios(config: Path) -> bool:
+    """Not another model's repository. A damaged file stays on the list: loading it says what is wrong with it."""
+    try:
+        values = _read_json(config)
+    except ValueError:
+        return True
+    return not isinstance(values, dict) or "Helios" in str(values.get("_class_name", "Helios"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Official folders below models/diffusers: which are listed, and the schedule their files describe."""
 
 import json
+import shutil
 
 import folder_paths
 import pytest
@@ -24,6 +25,17 @@ def models(tmp_path_factory):
 def test_only_helios_folders_are_listed(models):
     assert list_folders() == ["BestWishYsh/Helios-Distilled"]
     assert find_folder("BestWishYsh/Helios-Distilled") == models / "BestWishYsh" / "Helios-Distilled"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"_class_name": null}'])
+def test_a_damaged_config_keeps_no_folder_from_being_listed(models, text):
+    config = models / "Helios-Broken" / "transformer" / "config.json"
+    config.parent.mkdir(parents=True)
+    try:
+        config.write_text(text)
+        assert "BestWishYsh/Helios-Distilled" in list_folders()
+    finally:
+        shutil.rmtree(config.parents[1])
 
 
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "..", "/etc", ""])
