@@ -1,0 +1,428 @@
+"""Group offloading: a model larger than the device's memory runs there a few layers at a time.
+
+The weights stay where they are, in host memory or in a mapped file, and exist there once. The device holds two
+buffers: while the layers of one group compute from the first, a thread copies the next group into the second, on a
+stream of its own. Parameters never become meta tensors: outside of its own forward a layer has its own weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+
+Level = Literal["block", "leaf"]
+
+ALIGNMENT = 256  # bytes; where a tensor may begin in a buffer
+KEEP_BELOW = 1 << 20  # bytes; groups smaller than this are not worth the trip
+MADV_WILLNEED = 3
+
+Transform = Callable[[Tensor], Tensor]
+"""A parameter's values on the device -> the values to compute with, new ones, of the same shape and dtype."""
+
+
+@dataclass(frozen=True)
+class OffloadReport:
+    """What an `Offloader` has where. Sizes in bytes."""
+
+    groups: int  # that travel
+    resident_groups: tuple[str, ...]  # on the device, or on their way there, at this moment
+    kept: int  # weights that stay on the device
+    buffers: int  # device memory for the groups that travel
+    device: int  # weights on the device at this moment
+    peak: int  # the most that has been
+    pinned: int  # host memory locked for fast copies
+    moved: int  # copied to the device so far
+
+
+@dataclass(eq=False)
+class _Weight:
+    """One parameter: who has it, and where it lies in its group's buffer."""
+
+    name: str
+    owners: list[tuple[nn.Module, str]]  # more than one where modules share it
+    own: nn.Parameter
+    dtype: torch.dtype  # that it computes in
+    offset: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is bytes in memory. Tensor classes of their own, as quantised weights are, move themselves."""
+        return type(self.own.data) is Tensor
+
+    @property
+    def size(self) -> int:
+        return self.own.numel() * self.dtype.itemsize
+
+    def renew(self) -> bool:
+        """Whether its owner was given another parameter since; then this is the one."""
+        module, name = self.owners[0]
+        before, self.own = self.own, module._parameters[name]  # type: ignore[assignment]  # never None
+        return self.own is not before
+
+    def place(self, parameter: nn.Parameter) -> None:
+        for module, name in self.owners:
+            module._parameters[name] = parameter
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.offset + self.size].view(self.dtype).view(self.own.shape)
+
+
+class _HostBuffer:
+    """Host memory in one piece, locked in place where the driver agrees: never a second copy of what is in it."""
+
+    def __init__(self, size: int, pin: bool):
+        self.bytes = torch.empty(size, dtype=torch.uint8)
+        address = self.bytes.data_ptr()
+        # Not torch's own pinned memory: its allocator rounds up to a power of two.
+        self.pinned = pin and int(torch.cuda.cudart().cudaHostRegister(address, size, 1)) == 0
+        if self.pinned:
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
+        elif pin:
+            _forget_cuda_error()
+
+
+def _forget_cuda_error() -> None:
+    """A refusal stays behind as CUDA's last error, which the next operation would raise: let this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+
+class _Group:
+    """Layers that travel together."""
+
+    def __init__(self, name: str, modules: list[nn.Module], weights: list[_Weight]):
+        self.name, self.modules, self.weights = name, modules, weights
+        self.host: _HostBuffer | None = None  # its weights in one piece, once they are gathered
+        self.plain = [weight for weight in weights if weight.plain]
+        self.size = 0
+        for weight in self.plain:
+            weight.offset = self.size
+            self.size += -(-weight.size // ALIGNMENT) * ALIGNMENT
+
+    def renew(self) -> None:
+        renewed = [weight.renew() for weight in self.weights]
+        if any(renewed):
+            self.host = None
+
+
+class _Slot:
+    """One of the device's two buffers, and the group that is in it or on its way."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.staging: _HostBuffer | None = None
+        self.group: _Group | None = None
+        self.arrival: Future[None] | None = None
+        self.placed = False  # the group's layers have their weights in this buffer
+        self.copied: torch.cuda.Event | None = None  # the last copy into the buffer
+        self.used: torch.cuda.Event | None = None  # the last computation from it
+
+
+class Offloader:
+    """Runs `module` on `device`, its large layers travelling there when they are due.
+
+    level: `block` moves `blocks_per_group` consecutive entries of the outermost ModuleLists and Sequentials at a time;
+    `leaf` moves single layers, which takes the least memory. Layers outside of such lists (block), embeddings (leaf),
+    parameters that modules share or have beside children, and groups below `keep_below` bytes stay on the device.
+    gather: bring the weights of each group together in one piece of host memory, pinned while that takes no more than
+    `pin_limit` bytes in all. Else they stay as they are, on disk if they are memory-mapped, are read ahead, and go
+    through two small pinned buffers.
+    dtype: floating-point weights compute in this one instead of their own; they are not gathered then.
+    transforms: by parameter name, what is done to weights each time they have arrived on the device.
+
+    A context manager, or `install` and `remove`: after `remove` nothing is left on the modules, whatever happened.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device | str,
+        *,
+        level: Level = "block",
+        blocks_per_group: int = 1,
+        gather: bool = True,
+        dtype: torch.dtype | None = None,
+        transforms: Mapping[str, Transform] | None = None,
+        keep_below: int = KEEP_BELOW,
+        pin_limit: int = sys.maxsize,
+    ):
+        if level not in get_args(Level) or blocks_per_group < 1:
+            raise ValueError(
+                f"Group offloading takes a level of {' or '.join(get_args(Level))} and at least 1 block a group, "
+                f"got {level!r} and {blocks_per_group}."
+            )
+        self.device = torch.device(device)
+        self.gather = gather and dtype is None
+        self.transforms: Mapping[str, Transform] = transforms or {}
+        self.pin_limit = pin_limit
+        groups = _leaves(module) if level == "leaf" else _blocks(module, blocks_per_group)
+        self.groups, self.kept = _plan(module, groups, dtype, keep_below)
+        self.buffer_size = max((group.size for group in self.groups), default=0)
+        self.buffers = min(2, len(self.groups))
+        self.kept_size = sum(weight.size for weight in self.kept)
+        self.pinned = self.moved = self.peak = 0
+        self.installed = False
+        self._slots: list[_Slot] = []
+
+    @property
+    def device_size(self) -> int:
+        """Bytes of device memory it takes while installed, activations not counted."""
+        return self.kept_size + self.buffers * self.buffer_size
+
+    def report(self) -> OffloadReport:
+        resident = [slot.group for slot in self._slots if slot.group]
+        return OffloadReport(
+            groups=len(self.groups),
+            resident_groups=tuple(group.name for group in resident),
+            kept=self.kept_size if self.installed else 0,
+            buffers=len(self._slots) * self.buffer_size,
+            device=(self.kept_size if self.installed else 0) + sum(w.size for g in resident for w in g.weights),
+            peak=self.peak,
+            pinned=self.pinned,
+            moved=self.moved,
+        )
+
+    @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside of it
+    @torch.no_grad()
+    def install(self) -> None:
+        """Allocate the buffers, bring what stays on the device there, and hook the layers."""
+        if self.installed:
+            return
+        self.installed = True
+        self._worker = ThreadPoolExecutor(1, "helios-offload")
+        self._successor = dict(zip(self.groups, self.groups[1:] + self.groups[:1], strict=True))
+        self._current: _Group | None = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        try:
+            for group in self.groups:
+                group.renew()
+                if self.gather:
+                    self._gather(group)
+            for weight in self.kept:
+                weight.renew()
+            for _ in range(self.buffers):
+                self._slots.append(_Slot(self.buffer_size, self.device))
+            if self._stream and not all(group.host and group.host.pinned for group in self.groups):
+                for slot in self._slots:
+                    slot.staging = _HostBuffer(self.buffer_size, pin=True)
+            for weight in self.kept:
+                weight.place(self._on_device(weight))
+            for group in self.groups:
+                for module in group.modules:
+                    add_hook_to_module(module, _GroupHook(self, group))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Give every layer its own weights back and free the device. Safe at any time, and twice."""
+        if not self.installed:
+            return
+        self.installed = False
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        for group in self.groups:
+            for module in group.modules:
+                _unhook(module)
+        for weight in (*self.kept, *(weight for group in self.groups for weight in group.weights)):
+            weight.place(weight.own)
+        if self._stream:
+            self._stream.synchronize()
+            torch.cuda.current_stream(self.device).synchronize()
+        self._slots.clear()
+
+    def __enter__(self) -> Offloader:
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def enter(self, group: _Group) -> None:
+        """Before a layer of the group computes: its weights are there, and the next group's are on their way."""
+        if self._current is not None and self._current is not group:
+            self._successor[self._current] = group  # in which order the model calls its layers is learnt
+        self._current = group
+        slot = next((slot for slot in self._slots if slot.group is group), None)
+        if slot is None:  # not foreseen
+            slot = self._slots[0]
+            self._send(group, slot)
+        self._receive(slot)
+        self._slots.sort(key=lambda x: x is slot)  # the first may be overwritten
+        coming = self._successor[group]
+        if all(slot.group is not coming for slot in self._slots):
+            self._send(coming, self._slots[0])
+
+    def leave(self, group: _Group) -> None:
+        """After a layer of the group: its buffer may be overwritten from this point of the stream on."""
+        if self._stream:
+            for slot in self._slots:
+                if slot.group is group:
+                    slot.used = torch.cuda.current_stream(self.device).record_event()
+
+    def _send(self, group: _Group, slot: _Slot) -> None:
+        """Start to copy a group into a slot. The layers of the group that was there get their own weights back."""
+        if slot.arrival is not None:
+            slot.arrival.exception()  # of a copy that nobody came for
+        for weight in slot.group.weights if slot.group else ():
+            weight.place(weight.own)
+        slot.group, slot.placed = group, False
+        self.moved += group.size
+        slot.arrival = self._worker.submit(self._copy, group, slot)
+        self.peak = max(self.peak, self.report().device)
+
+    def _receive(self, slot: _Slot) -> None:
+        """Wait for a slot's group and give its layers the weights that are there."""
+        if slot.placed:
+            return
+        assert slot.arrival is not None and slot.group is not None
+        try:
+            slot.arrival.result()
+        except BaseException:
+            slot.group = None
+            raise
+        if slot.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.copied)
+        for weight in slot.group.weights:
+            weight.place(self._in_slot(weight, slot) if weight.plain else self._on_device(weight))
+        slot.placed = True
+
+    @torch.no_grad()
+    def _copy(self, group: _Group, slot: _Slot) -> None:
+        """On the worker's thread: a group's weights into a slot's buffer."""
+        read_ahead(self._successor[group].plain)
+        if self._stream is None:
+            self._fill(slot.buffer, group)
+            return
+        with torch.cuda.stream(self._stream):
+            source = group.host
+            if source is None or not source.pinned:
+                assert slot.staging is not None
+                if slot.copied is not None:
+                    slot.copied.synchronize()  # until then it is still being read
+                source = slot.staging
+                self._fill(source.bytes, group)
+            if slot.used is not None:
+                self._stream.wait_event(slot.used)
+            slot.buffer[: group.size].copy_(source.bytes[: group.size], non_blocking=True)
+            slot.copied = self._stream.record_event()
+
+    def _fill(self, buffer: Tensor, group: _Group) -> None:
+        for weight in group.plain:
+            weight.view(buffer).copy_(weight.own.data)
+
+    def _in_slot(self, weight: _Weight, slot: _Slot) -> nn.Parameter:
+        values = weight.view(slot.buffer)
+        if transform := self.transforms.get(weight.name):
+            values.copy_(transform(values))
+        return nn.Parameter(values, requires_grad=False)
+
+    def _on_device(self, weight: _Weight) -> nn.Parameter:
+        """A parameter on the device, outside of the buffers."""
+        values = weight.own.data.to(self.device, weight.dtype) if weight.plain else weight.own.data.to(self.device)
+        if transform := self.transforms.get(weight.name):
+            values = transform(values)
+        return nn.Parameter(values, requires_grad=False)
+
+    def _gather(self, group: _Group) -> None:
+        """Bring a group's weights together and let the layers have them there: what they had before is given back."""
+        if group.host is not None or not group.size:
+            return
+        pin = self._stream is not None and self.pinned + group.size <= self.pin_limit
+        group.host = _HostBuffer(group.size, pin)
+        self.pinned += group.size if group.host.pinned else 0
+        self._fill(group.host.bytes, group)
+        for weight in group.plain:
+            weight.own = nn.Parameter(weight.view(group.host.bytes), requires_grad=False)
+            weight.place(weight.own)
+
+
+class _GroupHook(ModelHook):
+    def __init__(self, offloader: Offloader, group: _Group):
+        self.offloader, self.group = offloader, group
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.offloader.enter(self.group)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.offloader.leave(self.group)
+        return output
+
+
+def _unhook(module: nn.Module) -> None:
+    if hasattr(module, "_hf_hook"):
+        remove_hook_from_module(module)
+        del module.forward  # accelerate leaves the class's own method bound here
+
+
+def _plan(
+    module: nn.Module, layers: Iterator[tuple[str, list[nn.Module]]], dtype: torch.dtype | None, keep_below: int
+) -> tuple[list[_Group], list[_Weight]]:
+    """Make groups of layers; what is in none of them stays on the device."""
+    weights: dict[int, _Weight] = {}
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            cast = dtype if dtype and parameter.is_floating_point() else parameter.dtype
+            weight = _Weight(f"{path}.{name}" if path else name, [], parameter, cast)
+            weights.setdefault(id(parameter), weight).owners.append((owner, name))
+    groups = []
+    for name, modules in layers:
+        inner = {id(m) for module in modules for m in module.modules()}
+        members = {id(p) for module in modules for p in module.parameters()}
+        group = _Group(name, modules, [weight for i, weight in weights.items() if i in members])
+        shared = any(id(owner) not in inner for weight in group.weights for owner, _ in weight.owners)
+        if shared or not group.weights or sum(weight.size for weight in group.weights) < keep_below:
+            continue
+        groups.append(group)
+        for i in members:
+            del weights[i]
+    return groups, list(weights.values())
+
+
+def _blocks(module: nn.Module, blocks_per_group: int, prefix: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
+    """Consecutive entries of the outermost lists of modules."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            entries = [entry for entry in child if any(True for _ in entry.parameters())]
+            for start in range(0, len(entries), blocks_per_group):
+                yield f"{prefix}{name}.{start}", entries[start : start + blocks_per_group]
+        else:
+            yield from _blocks(child, blocks_per_group, f"{prefix}{name}.")
+
+
+def _leaves(module: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    for name, layer in module.named_modules():
+        # Text encoders ask their embedding's weights which device tokens go to.
+        if not isinstance(layer, nn.Embedding) and not any(True for _ in layer.children()):
+            yield name, [layer]
+
+
+def read_ahead(weights: list[_Weight]) -> None:
+    """Tell Linux that these will be needed soon: it reads meanwhile what is mapped from disk."""
+    if sys.platform != "linux":
+        return
+    for weight in weights:
+        start = weight.own.data_ptr()
+        page = start - start % mmap.PAGESIZE
+        size = start + weight.own.numel() * weight.own.element_size() - page
+        _libc().madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), MADV_WILLNEED)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
