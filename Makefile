@@ -7,6 +7,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BROWSER ?= 1
+KILLS ?= 20
 HOST_REQUIREMENTS ?= tests/requirements/comfyui-0.3.75.txt
 ifdef COMFYUI_PATH
 HOST :=
@@ -20,7 +21,7 @@ ENVIRONMENT := $(VENV)/.installed
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 
-.PHONY: help setup browser demo test test-core test-host test-server pictures lint format clean
+.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-server test-gpu bench-memory bench-memory-gpu pictures soak lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -31,6 +32,11 @@ help:
 	@echo "                    BROWSER=0                              without the browser tests"
 	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
 	@echo "                                                           VENV name its requirements and environment"
+	@echo "make test-gpu     tests that need a CUDA card"
+	@echo "make bench-memory host memory of offloading, ours beside diffusers'; bench-memory-gpu needs a CUDA card"
+	@echo "make soak         a server killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
+	@echo "make bench        speed against diffusers on this CPU; rows go to build/bench.json"
+	@echo "make bench-gpu    the 14B model's shape on this GPU; PYTHON_GPU names a Python with torch"
 	@echo "make pictures     the workflows' pictures anew, from runs in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
 	@echo "make clean        remove the environment and everything that was built"
@@ -64,8 +70,28 @@ test-host: $(ENVIRONMENT) $(HOST)
 test-server: setup
 	@$(PY) scripts/run_tests.py server
 
+soak: $(ENVIRONMENT) $(HOST)
+	HELIOS_KILLS=$(KILLS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_stream.py -k killed
+
+bench: $(ENVIRONMENT) $(HOST)
+	@$(PY) benchmarks/speed.py
+
+# Needs no environment of ours: any Python with PyTorch for the card.
+PYTHON_GPU ?= $(PYTHON)
+bench-gpu:
+	@$(PYTHON_GPU) benchmarks/gpu.py
+
 pictures: setup
 	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
+
+test-gpu: $(ENVIRONMENT)  # needs a CUDA card
+	@$(PY) scripts/run_tests.py gpu
+
+bench-memory: $(ENVIRONMENT)
+	@$(PY) benchmarks/memory.py
+
+bench-memory-gpu: $(ENVIRONMENT)  # needs a CUDA card
+	@$(PY) benchmarks/memory_gpu.py
 
 # nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
 lint: $(ENVIRONMENT)

@@ -2,13 +2,16 @@
 
 Every layer that owns weights comes from `operations`, a namespace like `torch.nn`: a host passes its own to stream,
 cast, quantise or patch weights.
+
+What a layer has just computed is its own, and later operations write into it: a fresh tensor of a whole sequence costs
+more time and memory than the arithmetic on it. What a caller hands in is never written to.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +20,12 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .config import TransformerConfig
-from .rope import apply_rope
+from .rope import apply_rope_
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HISTORY_KEY_SCALE_MAX = 10.0
+
+KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,22 +85,27 @@ class Modulation:
         history, noisy = (x.float().add(table).split(1, dim=1) for x in (self.history, self.noisy))
         return [Modulation(history[i], noisy[i], self.history_tokens) for i in range(rows)]
 
-    def apply(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x, row) on the history tokens and on the noisy tokens of x (B, S, D)."""
-        history, noisy = x[:, : self.history_tokens], x[:, self.history_tokens :]
-        return torch.cat([function(history, self.history), function(noisy, self.noisy)], dim=1)
+    def noisy_only(self) -> Modulation:
+        """The same for a sequence without the history."""
+        return replace(self, history_tokens=0)
+
+    def apply_(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(part, row), which works in place, on the history tokens and on the noisy tokens of x (B, S, D)."""
+        function(x[:, : self.history_tokens], self.history)
+        function(x[:, self.history_tokens :], self.noisy)
+        return x
 
 
 def modulated_norm(x: Tensor, shift: Modulation, scale: Modulation, eps: float) -> Tensor:
     """LayerNorm in float32 without weights, then x * (1 + scale) + shift; (B, S, D) in x's dtype."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    normed = scale.apply(lambda part, row: part * (1 + row), normed)
-    return shift.apply(torch.add, normed).to(x.dtype)
+    scale.apply_(lambda part, row: part.mul_(1 + row), normed)
+    return shift.apply_(Tensor.add_, normed).to(x.dtype)
 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Modulation) -> Tensor:
-    """x + update * gate, summed in float32; (B, S, D) in x's dtype."""
-    return (x.float() + gate.apply(torch.mul, update)).to(x.dtype)
+    """x + update * gate, summed in float32; (B, S, D) in x's dtype. Overwrites update."""
+    return gate.apply_(Tensor.mul_, update.float()).add_(x).to(x.dtype)
 
 
 class TimestepEmbedding(nn.Module):
@@ -148,7 +158,7 @@ class GELU(nn.Module):
         self.proj = build.block_linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return torch.ops.aten.gelu_(self.proj(x), approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -179,21 +189,24 @@ class SelfOrCrossAttention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def forward(
-        self, x: Tensor, source: Tensor, attend: Attention, rope: Tensor | None = None, history_tokens: int = 0
-    ) -> Tensor:
-        """x (B, S, D) attends to source (B, L, D); rope (2, S, head_dim / 2) is for self-attention."""
+    def queries(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x (B, S, D) -> (B, S, heads, head_dim); rope (2, S, head_dim / 2) is for self-attention."""
         query = self.split_heads(self.norm_q(self.to_q(x)))
-        key = self.split_heads(self.norm_k(self.to_k(source)))
-        value = self.split_heads(self.to_v(source))
+        return query if rope is None else apply_rope_(query, rope)
+
+    def keys_values(self, x: Tensor, rope: Tensor | None = None, history_tokens: int = 0) -> KeysValues:
+        """Of x (B, L, D), each (B, L, heads, head_dim)."""
+        key = self.split_heads(self.norm_k(self.to_k(x)))
         if rope is not None:
-            query, key = apply_rope(query, rope), apply_rope(key, rope)
+            key = apply_rope_(key, rope)
         if self.history_key_scale is not None:
             scale = torch.sigmoid(self.history_key_scale.to(device=key.device, dtype=torch.float32))
-            scale = 1 + scale * (HISTORY_KEY_SCALE_MAX - 1)
-            history = (key[:, :history_tokens] * scale.view(1, 1, -1, 1)).to(key.dtype)
-            key = torch.cat([history, key[:, history_tokens:]], dim=1)
-        return self.to_out[0](attend(query, key, value))
+            key[:, :history_tokens] *= (1 + scale * (HISTORY_KEY_SCALE_MAX - 1)).view(1, 1, -1, 1)
+        return key, self.split_heads(self.to_v(x))
+
+    def forward(self, query: Tensor, keys_values: KeysValues, attend: Attention) -> Tensor:
+        """-> (B, S, D)"""
+        return self.to_out[0](attend(query, *keys_values))
 
 
 class Block(nn.Module):
@@ -207,18 +220,38 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.inner_dim, config.ffn_dim, build)
         self.scale_shift_table = build.table(1, 6, config.inner_dim)
 
-    def forward(self, x: Tensor, text: Tensor, time: Modulation, rope: Tensor, attend: Attention) -> Tensor:
-        """x (B, S, D) in the order [history | noisy], text (B, L, D), time of 6 rows -> (B, S, D)."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.chunk(self.scale_shift_table, 6)
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor | KeysValues,
+        time: Modulation,
+        rope: Tensor,
+        attend: Attention,
+        noisy_only: bool = False,
+    ) -> Tensor:
+        """x (B, S, D) in the order [history | noisy], text (B, L, D), time of 6 rows -> (B, S, D).
+
+        text may also be what `attn2.keys_values` makes of it. noisy_only returns the noisy tokens alone: all that is
+        left to compute where nothing reads the history any more.
+        """
         history_tokens = time.history_tokens
+        start = history_tokens if noisy_only else 0
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.chunk(self.scale_shift_table, 6)
+        if noisy_only:
+            gate, ffn_shift, ffn_scale, ffn_gate = (m.noisy_only() for m in (gate, ffn_shift, ffn_scale, ffn_gate))
 
         normed = modulated_norm(x, shift, scale, self.eps)
-        x = gated_residual(x, self.attn1(normed, normed, attend, rope, history_tokens), gate)
+        query = self.attn1.queries(normed[:, start:], rope[:, start:])
+        keys_values = self.attn1.keys_values(normed, rope, history_tokens)
+        del normed
+        update = self.attn1(query, keys_values, attend)
+        del query, keys_values
+        x = gated_residual(x[:, start:], update, gate)
 
-        start = 0 if self.cross_attend_history else history_tokens
-        target = x[:, start:]
-        update = self.attn2(self.norm2(target.float()).to(x.dtype), text, attend)
-        x = torch.cat([x[:, :start], target + update], dim=1)
+        target = x if noisy_only or self.cross_attend_history else x[:, history_tokens:]
+        query = self.attn2.queries(self.norm2(target.float()).to(x.dtype))
+        target += self.attn2(query, self.attn2.keys_values(text) if isinstance(text, Tensor) else text, attend)
+        del query
 
         normed = modulated_norm(x, ffn_shift, ffn_scale, self.eps)
         return gated_residual(x, self.ffn(normed), ffn_gate)
@@ -236,4 +269,4 @@ class OutputNorm(nn.Module):
         """x (B, N, D), embedding (B, 1, D) -> (B, N, D)"""
         table = self.scale_shift_table.to(device=x.device, dtype=torch.float32)
         shift, scale = (table + embedding).split(1, dim=1)
-        return (F.layer_norm(x.float(), x.shape[-1:], eps=self.eps) * (1 + scale) + shift).to(x.dtype)
+        return F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).mul_(1 + scale).add_(shift).to(x.dtype)

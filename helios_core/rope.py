@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Where a pair is rotated as one complex number: one pass over memory, not eight. Inductor writes no code for those.
+COMPLEX = ("cpu", "cuda")
 
 
 def pad_to_multiple(x: Tensor, multiple: tuple[int, int, int]) -> Tensor:
@@ -47,8 +51,30 @@ def rope_table(
     return table.flatten(2).transpose(1, 2)
 
 
-def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x (B, S, heads, head_dim) by table (2, S, head_dim / 2), in float32."""
+@lru_cache(maxsize=16)
+def cached_rope_table(
+    frame_indices: tuple[int, ...],
+    height: int,
+    width: int,
+    rope_dim: tuple[int, int, int],
+    theta: float,
+    pool: int,
+    device: torch.device,
+) -> Tensor:
+    """`rope_table`, kept: a pyramid has six, of some 7 MB together at 384x640. Not to be written to."""
+    with torch.inference_mode(False):  # whatever mode asks first: an inference tensor would not serve all others
+        return rope_table(frame_indices, height, width, rope_dim, theta, pool, device)
+
+
+def apply_rope_(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the interleaved pairs of x (B, S, heads, head_dim) by table (2, S, head_dim / 2), in float32.
+
+    Overwrites x where it is float32 already.
+    """
     cos, sin = table.unsqueeze(2)  # (S, 1, head_dim / 2)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if x.device.type in COMPLEX and not torch.compiler.is_compiling():
+        torch.view_as_complex(pairs).mul_(torch.complex(cos, sin))
+        return pairs.flatten(-2).to(x.dtype)
+    even, odd = pairs.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -7,18 +7,20 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import Attention, sdpa
 from .config import TransformerConfig
 from .history import FrameIndices, History
-from .layers import Block, Builder, ConditionEmbedder, Modulation, OutputNorm
-from .rope import pad_to_multiple, rope_table
+from .layers import Block, Builder, ConditionEmbedder, KeysValues, Modulation, OutputNorm
+from .prepared import PreparedHistory, PreparedText
+from .rope import cached_rope_table, pad_to_multiple, rope_table
 
 MID_POOL, LONG_POOL = 2, 4  # how much coarser than the short history they are patchified, in t, y and x
 
-RunBlock = Callable[[int, Block, Tensor, Tensor, Modulation, Tensor], Tensor]
+BlockText = Tensor | KeysValues
+RunBlock = Callable[[int, Block, Tensor, BlockText, Modulation, Tensor, bool], Tensor]
+"""Block number, block and its arguments: x, text, time, rope, noisy_only."""
 
 
 class HeliosTransformer(nn.Module):
@@ -53,35 +55,56 @@ class HeliosTransformer(nn.Module):
         self,
         latents: Tensor,
         timestep: Tensor,
-        text: Tensor,
-        history: History,
+        text: Tensor | PreparedText,
+        history: History | PreparedHistory,
         attend: Attention = sdpa,
         run_block: RunBlock | None = None,
     ) -> Tensor:
         """Noisy latents (B, 16, F, h, w), timestep (B,) in 0..1000, text (B, L, text_dim) -> flow, shaped as latents.
 
-        The history keeps its full size (H, W) where (h, w) is a lower pyramid level. `run_block` replaces the call of
-        a block, for hosts that patch blocks.
+        The history keeps its full size (H, W) where (h, w) is a lower pyramid level. Text and history may come
+        prepared, for many steps at once. `run_block` replaces the call of a block, for hosts that patch blocks; it may
+        return the noisy tokens alone where noisy_only says that the rest is not read.
         """
+        if isinstance(history, History):
+            history = self.prepare_history(history)
         grid = self.token_grid(latents)
-        noisy = self.patch_embedding(latents).flatten(2).transpose(1, 2)
-        tokens, rope = self.embed_history(history)
-        x = torch.cat([tokens, noisy], dim=1)
-        rope = torch.cat([rope, self.rope(history.indices.noisy, grid, 1, x.device)], dim=1)
+        x = torch.cat([history.tokens, self.patch_embedding(latents).flatten(2).transpose(1, 2)], dim=1)
+        rope = torch.cat([history.rope, self.rope(history.indices.noisy, grid, 1, x.device)], dim=1)
+        embedding, modulation = self.condition_embedder.time(timestep, x.dtype)
+        past = modulation if history.modulation is None else history.modulation
+        time = Modulation(past, modulation, history.tokens.shape[1])
 
-        history_tokens = tokens.shape[1]
-        embedding, time = self.modulation(timestep, history_tokens, x.dtype)
-        text = self.condition_embedder.text_embedder(text)
+        tokens = text.tokens if isinstance(text, PreparedText) else self.condition_embedder.text_embedder(text)
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
+            block_text = text.keys_values[i] if isinstance(text, PreparedText) else tokens
             if run_block is None:
-                x = block(x, text, time, rope, attend)
+                x = block(x, block_text, time, rope, attend, noisy_only=i == last)
             else:
-                x = run_block(i, cast(Block, block), x, text, time, rope)
+                x = run_block(i, cast(Block, block), x, block_text, time, rope, i == last)
 
-        x = self.proj_out(self.norm_out(x[:, history_tokens:], embedding))
         t, h, w = grid
+        x = self.proj_out(self.norm_out(x[:, -t * h * w :], embedding))
         pt, ph, pw = self.config.patch_size
-        return rearrange(x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        x = x.unflatten(-1, (pt, ph, pw, -1)).unflatten(1, grid)  # (B, t, h, w, pt, ph, pw, C)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def prepare_text(self, text: Tensor) -> PreparedText:
+        """Project a prompt (B, L, text_dim) and compute its cross-attention keys and values in every block.
+
+        They take 2 * layers * L * D elements a prompt, and hold as long as prompt and weights stay the same.
+        """
+        tokens = self.condition_embedder.text_embedder(text)
+        return PreparedText(tokens, tuple(cast(Block, block).attn2.keys_values(tokens) for block in self.blocks))
+
+    def prepare_history(self, history: History) -> PreparedHistory:
+        """Embed a chunk's history; it holds as long as the weights stay the same."""
+        tokens, rope = self.embed_history(history)
+        modulation = None
+        if self.config.zero_history_timestep:
+            _, modulation = self.condition_embedder.time(torch.zeros(1, device=tokens.device), tokens.dtype)
+        return PreparedHistory(tokens, rope, modulation, history.indices)
 
     def kernel(self, pool: int) -> tuple[int, int, int]:
         """Latents that one token covers where patches are `pool` times coarser."""
@@ -110,12 +133,5 @@ class HeliosTransformer(nn.Module):
         return torch.cat(tokens, dim=1), torch.cat(tables, dim=1)
 
     def rope(self, frames: tuple[int, ...], grid: tuple[int, int, int], pool: int, device: torch.device) -> Tensor:
-        return rope_table(frames, grid[1], grid[2], self.config.rope_dim, self.config.rope_theta, pool, device)
-
-    def modulation(self, timestep: Tensor, history_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Modulation]:
-        """The noisy tokens' time embedding (B, 1, D) for the head, and both rows for the blocks."""
-        embedding, noisy = self.condition_embedder.time(timestep, dtype)
-        history = noisy
-        if self.config.zero_history_timestep:
-            _, history = self.condition_embedder.time(torch.zeros_like(timestep[:1]), dtype)
-        return embedding, Modulation(history, noisy, history_tokens)
+        table = rope_table if torch.compiler.is_compiling() else cached_rope_table
+        return table(frames, grid[1], grid[2], self.config.rope_dim, self.config.rope_theta, pool, device)

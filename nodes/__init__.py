@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import decode, history, load, prompts, sample, schedule, text
+from . import compile, decode, history, load, prompts, sample, schedule, stream, text
 
 
 class HeliosExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (load, text, prompts, history, schedule, sample, decode)
+        modules = (load, compile, text, prompts, history, schedule, sample, decode, stream)
         return [node for module in modules for node in module.NODES]

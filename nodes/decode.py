@@ -7,6 +7,8 @@ from comfy_api.latest import io
 from ..helios_core.config import CHUNK_FRAMES
 from .host.compat import schema
 from .host.decode import decode_chunks
+from .host.memory import offloaded_vae, offloading
+from .offload import DECODE_TOOLTIP, offload_inputs
 
 
 class HeliosChunkedVAEDecode(io.ComfyNode):
@@ -45,6 +47,7 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
                     optional=True,
                     tooltip="Fade over the seams: this many frames of a chunk come out of the last frame before it.",
                 ),
+                *offload_inputs(DECODE_TOOLTIP),
             ],
             outputs=[
                 io.Image.Output(
@@ -55,8 +58,11 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent, vae, trim, drop_first=0, crossfade=0) -> io.NodeOutput:
-        return io.NodeOutput(decode_chunks(latent, vae, trim, drop_first, crossfade))
+    def execute(
+        cls, latent, vae, trim, drop_first=0, crossfade=0, group_offload="off", blocks_per_group=1
+    ) -> io.NodeOutput:
+        with offloaded_vae(vae, offloading(group_offload, blocks_per_group, "disk")) as decoder:
+            return io.NodeOutput(decode_chunks(latent, decoder, trim, drop_first, crossfade))
 
 
 NODES = [HeliosChunkedVAEDecode]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import folder_paths
 from comfy_api.latest import io
 
-from .host.compat import schema
+from .host.compat import advanced, schema
 from .host.folder import load_text_encoder, load_vae
-from .host.model import DTYPE_CHOICES, DTYPES, load_model
+from .host.memory import WEIGHTS_IN, Offloading, offloading
+from .host.model import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
 from .host.official import find_folder, list_folders, read_schedule
 from .host.progress import clear_warning, warn
+from .offload import offload_inputs
 from .schedule import HeliosScheduleSocket
 
 DTYPE_TOOLTIP = (
@@ -18,8 +22,32 @@ DTYPE_TOOLTIP = (
 )
 
 
+WEIGHTS_IN_TOOLTIP = (
+    "Where group offloading keeps the weights. host: in memory, once. disk: in the file, read again for every step; a "
+    "file from scripts/convert_checkpoint.py, on a fast SSD."
+)
+
+
+def weights_in_input() -> io.Combo.Input:
+    return advanced(
+        io.Combo.Input,
+        "weights_in",
+        options=list(WEIGHTS_IN),
+        default="host",
+        optional=True,
+        tooltip=WEIGHTS_IN_TOOLTIP,
+    )
+
+
 def dtype_input() -> io.Combo.Input:
     return io.Combo.Input("dtype", options=list(DTYPE_CHOICES), default="auto", tooltip=DTYPE_TOOLTIP)
+
+
+def load(path: str, dtype: DtypeChoice, how: Offloading | None, node_id: str | None) -> Any:
+    """The MODEL of a file or folder. Says so on the node where offloading to disk cannot spare memory."""
+    if how is not None and how.weights_in == "disk" and (warning := converted_on_reading(path, dtype)):
+        warn(warning, node_id)
+    return load_model(path, dtype, offloading=how)
 
 
 class HeliosModelLoader(io.ComfyNode):
@@ -38,13 +66,19 @@ class HeliosModelLoader(io.ComfyNode):
                     tooltip="A file made by scripts/convert_checkpoint.py, or any single-file Helios transformer.",
                 ),
                 dtype_input(),
+                *offload_inputs(),
+                weights_in_input(),
             ],
             outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model_name, dtype) -> io.NodeOutput:
-        return io.NodeOutput(load_model(folder_paths.get_full_path_or_raise("diffusion_models", model_name), dtype))
+    def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
+        how = offloading(group_offload, blocks_per_group, weights_in)
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        clear_warning(cls.hidden.unique_id)
+        return io.NodeOutput(load(path, dtype, how, cls.hidden.unique_id))
 
 
 class HeliosDiffusersLoader(io.ComfyNode):
@@ -66,6 +100,8 @@ class HeliosDiffusersLoader(io.ComfyNode):
                     tooltip="A copy of BestWishYsh/Helios-Distilled, -Mid or -Base below models/diffusers.",
                 ),
                 dtype_input(),
+                *offload_inputs(),
+                weights_in_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -77,13 +113,14 @@ class HeliosDiffusersLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, folder, dtype) -> io.NodeOutput:
+    def execute(cls, folder, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
+        how = offloading(group_offload, blocks_per_group, weights_in)
         path = find_folder(folder)
         clear_warning(cls.hidden.unique_id)
         schedule, warning = read_schedule(path)
         if warning:
             warn(warning, cls.hidden.unique_id)
-        model = load_model(str(path), dtype)
+        model = load(str(path), dtype, how, cls.hidden.unique_id)
         text_dtype = None if dtype in ("auto", "fp8_e4m3fn") else DTYPES[dtype]
         return io.NodeOutput(model, load_text_encoder(path, text_dtype), load_vae(path), schedule)
 

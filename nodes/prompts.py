@@ -12,9 +12,11 @@ from comfy_api.latest import io
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from ..helios_core.video import PromptTrack
 from .host.compat import schema
+from .host.memory import offloaded_clip, offloading
 from .host.progress import tell
 from .host.prompts import INCREMENT, find_track, fingerprint, read_prompts, set_track, text_files
 from .host.text import encode_prompt
+from .offload import offload_inputs
 from .text import NEGATIVE, POSITIVE
 
 SLOTS = (1, 2, 3, 4)
@@ -76,6 +78,7 @@ class HeliosPromptSchedule(io.ComfyNode):
                     tooltip="The positive of another Helios Prompt Schedule, whose prompts come first: for more than "
                     "four. The blend of this node holds for all of them.",
                 ),
+                *offload_inputs(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -87,18 +90,21 @@ class HeliosPromptSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, unit, blend, negative, before=None, **slots) -> io.NodeOutput:
+    def execute(
+        cls, clip, unit, blend, negative, before=None, group_offload="off", blocks_per_group=1, **slots
+    ) -> io.NodeOutput:
         earlier = _track_before(before)
         texts, lengths = zip(*_used_slots(slots), strict=True)
         chunks = earlier.chunks + tuple(_whole_chunks(length, unit) for length in lengths)
         track = PromptTrack((), chunks, blend)  # refuses lengths before the text encoder is loaded
-        encoded = [encode_prompt(clip, text) for text in texts]
+        with offloaded_clip(clip, offloading(group_offload, blocks_per_group, "disk")) as encoder:
+            *encoded, unwanted = [encode_prompt(encoder, text) for text in (*texts, negative)]
         track = replace(track, embeddings=earlier.embeddings + tuple(entries[0][0] for entries in encoded))
         summary = _summary(chunks)
         tell(summary, cls.hidden.unique_id)
         return io.NodeOutput(
             set_track(before or encoded[0], track),
-            encode_prompt(clip, negative),
+            unwanted,
             sum(chunks) * CHUNK_FRAMES,
             summary,
         )

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io
 
-from ..helios_core.config import CHUNK_FRAMES
-from ..helios_core.video import HistorySeed, VideoState
+from .host.collect import collect
 from .host.compat import schema
-from .host.conditioning import find_history
-from .host.guider import HeliosGuider, check_sampling
-from .host.latent import STATE_KEY, video_state
 from .host.progress import clear_warning, warn
+from .host.start import frames_asked, prepare, sampled, variant_warning
 from .schedule import HeliosScheduleSocket
 
 
@@ -63,50 +59,12 @@ class HeliosChunkedSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
-        samples = latent["samples"]
-        chunks = check_sampling(model, positive, negative, samples, schedule)
-        history_seed = find_history(positive)
-        rng = make_rng(history_seed, seed, seed_mode)
-        batch, _, _, height, width = samples.shape
-        memory = history_seed.start(batch, height, width, rng)
+        guider = prepare("Helios Chunked Sampler", model, positive, negative, latent, schedule, seed, seed_mode)
         clear_warning(cls.hidden.unique_id)
-        variant = model.model.variant
-        if variant not in (None, schedule.variant):
-            warn(
-                f"Wrong schedule: the model is Helios-{variant.title()}, the schedule is Helios-"
-                f"{schedule.variant.title()}'s. Connect the schedule of the model's variant, or the loader's own.",
-                cls.hidden.unique_id,
-            )
-
-        guider = HeliosGuider(
-            model,
-            schedule,
-            memory,
-            chunks,
-            rng,
-            first_index=history_seed.first_index,
-            skip_first_chunk=history_seed.skip_first_chunk,
-        )
-        guider.set_conds(positive, negative)
-        video = guider.generate()
-        asked = video_state(latent)
-        state = VideoState(
-            frames=asked.frames if asked else chunks * CHUNK_FRAMES,
-            next_chunk=history_seed.first_index + chunks,
-            memory=guider.memory,
-            rng_state=rng.get_state(),
-        )
-        return io.NodeOutput({"samples": video, STATE_KEY: state})
-
-
-def make_rng(history_seed: HistorySeed, seed: int, seed_mode: str) -> torch.Generator:
-    """The generator of a run, on the CPU: the one of the video that goes on, or a new one."""
-    if seed_mode not in ("continue", "new"):
-        raise ValueError(f"seed_mode must be continue or new, got {seed_mode!r}.")
-    rng = torch.Generator().manual_seed(seed)
-    if seed_mode == "continue" and history_seed.rng_state is not None:
-        rng.set_state(history_seed.rng_state)
-    return rng
+        if warning := variant_warning(model, schedule):
+            warn(warning, cls.hidden.unique_id)
+        video = collect(guider)
+        return io.NodeOutput(sampled(video, frames_asked(latent, guider.chunks), guider))
 
 
 NODES = [HeliosChunkedSampler]

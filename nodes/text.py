@@ -7,7 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host.compat import schema
+from .host.memory import offloaded_clip, offloading
 from .host.text import encode_prompt
+from .offload import offload_inputs
 
 POSITIVE = (
     "A red fox trots through a snowy birch forest at sunrise, its breath visible in the cold air. Golden light falls "
@@ -51,6 +53,7 @@ class HeliosTextEncode(io.ComfyNode):
                     tooltip="What to stay away from. Helios-Base and Helios-Mid use it; Helios-Distilled runs without "
                     "guidance and ignores it. May be empty.",
                 ),
+                *offload_inputs(),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -59,8 +62,11 @@ class HeliosTextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip: Any, positive: str, negative: str) -> io.NodeOutput:
-        return io.NodeOutput(encode_prompt(clip, positive), encode_prompt(clip, negative))
+    def execute(
+        cls, clip: Any, positive: str, negative: str, group_offload: str = "off", blocks_per_group: int = 1
+    ) -> io.NodeOutput:
+        with offloaded_clip(clip, offloading(group_offload, blocks_per_group, "disk")) as encoder:
+            return io.NodeOutput(encode_prompt(encoder, positive), encode_prompt(encoder, negative))
 
 
 NODES = [HeliosTextEncode]

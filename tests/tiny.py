@@ -125,7 +125,7 @@ def make_vae(seed: int) -> torch.nn.Module:
     return vae
 
 
-def make_transformer(seed: int) -> torch.nn.Module:
+def make_transformer(seed: int, ffn_dim: int = 64) -> torch.nn.Module:
     from diffusers import HeliosTransformer3DModel
 
     model = HeliosTransformer3DModel(
@@ -133,7 +133,7 @@ def make_transformer(seed: int) -> torch.nn.Module:
         attention_head_dim=24,
         text_dim=TEXT_DIM,
         freq_dim=32,
-        ffn_dim=64,
+        ffn_dim=ffn_dim,
         num_layers=2,
         rope_dim=(8, 8, 8),
     )

@@ -13,6 +13,20 @@ from .latent import video_state
 from .progress import check_interrupt
 
 
+def decode_chunk(vae: Any, samples: Tensor) -> Tensor:
+    """One item's chunk (1, 16, 9, H, W) in VAE space -> its 33 frames (33, 8H, 8W, 3) in 0..1."""
+    return vae.decode(samples)[0]
+
+
+def shown_frames(latent: dict[str, Any], chunks: int, trim: bool, drop_first: int) -> tuple[int, int]:
+    """First and end of the frames to show of a LATENT of so many chunks; ValueError where none would be left."""
+    state = video_state(latent)
+    end = state.frames if trim and state else chunks * CHUNK_FRAMES
+    if drop_first >= end:
+        raise ValueError(f"drop_first is {drop_first}, but the video has {end} frames. Set it to {end - 1} or less.")
+    return drop_first, end
+
+
 def decode_chunks(
     latent: dict[str, Any], vae: Any, trim: bool = False, drop_first: int = 0, crossfade: int = 0
 ) -> Tensor:
@@ -29,10 +43,7 @@ def decode_chunks(
             "height, width), as Helios Chunked Sampler makes it."
         )
     batch, chunks = samples.shape[0], samples.shape[2] // CHUNK_LATENTS
-    state = video_state(latent)
-    end = state.frames if trim and state else chunks * CHUNK_FRAMES
-    if drop_first >= end:
-        raise ValueError(f"drop_first is {drop_first}, but the video has {end} frames. Set it to {end - 1} or less.")
+    first, end = shown_frames(latent, chunks, trim, drop_first)
 
     bar = comfy.utils.ProgressBar(batch * chunks)
     images: Tensor | None = None
@@ -41,17 +52,17 @@ def decode_chunks(
         for chunk in range(chunks):
             check_interrupt()
             part = samples[item : item + 1, :, chunk * CHUNK_LATENTS : (chunk + 1) * CHUNK_LATENTS]
-            pixels = vae.decode(part)[0]  # (33, 8H, 8W, 3)
+            pixels = decode_chunk(vae, part)
             if images is None:
-                shape = (batch, end - drop_first, *pixels.shape[1:])
+                shape = (batch, end - first, *pixels.shape[1:])
                 images = torch.empty(shape, dtype=pixels.dtype, device=pixels.device)
             if crossfade and last is not None:
                 weight = torch.arange(1, crossfade + 1, device=pixels.device).view(-1, 1, 1, 1) / (crossfade + 1)
                 fade = torch.lerp(last, pixels[:crossfade], weight.to(pixels.dtype))
                 pixels = torch.cat([fade, pixels[crossfade:]])
             last = pixels[-1].clone() if crossfade else None
-            start = chunk * CHUNK_FRAMES - drop_first  # where this chunk's first frame belongs
-            kept = pixels[max(0, -start) : max(0, end - drop_first - start)]
+            start = chunk * CHUNK_FRAMES - first  # where this chunk's first frame belongs
+            kept = pixels[max(0, -start) : max(0, end - first - start)]
             images[item, max(0, start) : max(0, start) + len(kept)] = kept
             bar.update(1)
     assert images is not None

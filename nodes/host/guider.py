@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE
-from ...helios_core.generate import PredictFlow, generate
+from ...helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS
+from ...helios_core.generate import Chunk, PredictFlow, generate
 from ...helios_core.guidance import cfg, cfg_zero_star, projection
 from ...helios_core.history import History, Memory
 from ...helios_core.schedule import TRAIN_STEPS, Schedule, stages
-from .model import MEMORY_KEY, FlowSampling, HeliosModel, history_conds
+from .cache import CACHE_KEY, RunCache, can_cache, text_bytes_per_token
+from .memory import release
+from .model import MEMORY_KEY, TEXT_CACHED_KEY, FlowSampling, history_conds
 from .progress import SamplingProgress
-from .prompts import TRACK_KEY, find_track
+from .prompts import TRACK_KEY
 
 GUIDANCE_HOOKS = (
     "sampler_calc_cond_batch_function",
@@ -28,21 +33,19 @@ GUIDANCE_HOOKS = (
     "sampler_post_cfg_function",
     "disable_cfg1_optimization",
 )
-UNSUPPORTED = {
-    "area": "area conditioning",
-    "mask": "masked conditioning",
-    "control": "ControlNet",
-    "gligen": "GLIGEN",
-}
 
 
 class HeliosGuider(comfy.samplers.CFGGuider):
     """Denoises `chunks` chunks that follow on `memory`, in one run of the host's sampling machinery.
 
-    Afterwards `memory` (on the CPU) is what a next chunk would follow on.
+    Each finished chunk goes to a consumer, and nothing else of it is kept. Afterwards `memory` (on the CPU) is what a
+    next chunk would follow on.
     """
 
     conds: dict[str, list[dict[str, Any]]]  # by the host: processed, per prompt
+    loaded_models: list[Any]  # by the host: what it has loaded beside the model
+    on_chunk: Callable[[Chunk], None]
+    cache: RunCache | None = None  # while it runs
 
     def __init__(
         self,
@@ -59,18 +62,38 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.set_cfg(schedule.guidance_scale)
         self.schedule, self.memory, self.chunks, self.rng = schedule, memory, chunks, rng
         self.first_index, self.skip_first_chunk = first_index, skip_first_chunk
+        self.done = 0  # chunks that an earlier run has made
 
-    def generate(self) -> Tensor:
-        """Latents (B, 16, 9 * chunks, H, W) in VAE space, float32, on the host's intermediate device."""
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Of one chunk: (B, 16, 9, H, W)."""
         b, _, _, height, width = self.memory.latents.shape
+        return (b, LATENT_CHANNELS, CHUNK_LATENTS, height, width)
+
+    def resume(self, done: int, memory: Memory, rng_state: Tensor) -> None:
+        """Take the first `done` chunks for made; memory and rng_state are as they were after the last of them."""
+        self.done, self.memory = done, memory
+        self.rng.set_state(rng_state)
+
+    def run(self, on_chunk: Callable[[Chunk], None], beside: Sequence[Any] = ()) -> None:
+        """Denoise all chunks that are not done; on_chunk is called with each, normalised, on the model's device.
+
+        The patchers `beside` are loaded together with the model.
+        """
+        self.on_chunk = on_chunk
         # The host sizes memory by the noise it is given: one chunk, however long the video. Noise is drawn in the loop.
-        noise = torch.zeros((b, LATENT_CHANNELS, CHUNK_LATENTS, height, width))
-        plan = stages(self.schedule, height, width, first_chunk=False)
+        noise = torch.zeros(self.chunk_shape)
+        plan = stages(self.schedule, noise.shape[-2], noise.shape[-1], first_chunk=False)
         sigmas = torch.cat([*(stage.timesteps / TRAIN_STEPS for stage in plan), torch.zeros(1)]).float()
-        for conds in self.original_conds.values():
+        for name, conds in self.original_conds.items():
             for cond in conds:
-                cond[MEMORY_KEY] = self.memory
-        return self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=self.rng.initial_seed())
+                cond.update(self.sizes(name))
+                if beside:
+                    cond["additional_models"] = list(beside)
+        try:
+            self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=self.rng.initial_seed())
+        finally:
+            release(self.model_patcher)
 
     def inner_sample(
         self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **newer
@@ -82,25 +105,61 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.options = comfy.model_patcher.create_model_options_clone(self.model_options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
 
-        b, channels, frames, height, width = noise.shape
-        intermediate = comfy.model_management.intermediate_device()
-        video = torch.empty((b, channels, frames * self.chunks, height, width), device=intermediate)
-        steps = sum(self.schedule.steps_in_chunk(self.first_index + i) for i in range(self.chunks))
+        start = self.first_index + self.done
+        steps = sum(self.schedule.steps_in_chunk(i) for i in range(start, self.first_index + self.chunks))
         loop = generate(
             self.bind_chunk,
             self.schedule,
             self.memory.to(device),
-            self.chunks,
+            self.chunks - self.done,
             self.rng,
-            first_index=self.first_index,
+            first_index=start,
             skip_first_chunk=self.skip_first_chunk,
             on_step=SamplingProgress(self.model_patcher, steps),
         )
-        for i, chunk in enumerate(loop):
-            video[:, :, i * frames : (i + 1) * frames] = self.inner_model.process_latent_out(chunk.latents.float())
-            self.memory = chunk.memory
+        with self.caching(device):
+            for chunk in loop:
+                self.memory = chunk.memory
+                self.on_chunk(chunk)
         self.memory = self.memory.to("cpu")
-        return video
+        return latent_image  # the host wants one back; the chunks are with their consumer
+
+    def sizes(self, name: str) -> dict[str, Any]:
+        """What the host is to count for the conds of this name, "positive" or "negative", when it sizes memory."""
+        used = name == "positive" or self.schedule.guided
+        cached = used and can_cache(self.model_patcher, self.model_options, self.original_conds)
+        return {MEMORY_KEY: self.memory, TEXT_CACHED_KEY: cached}
+
+    @contextmanager
+    def caching(self, device: torch.device) -> Iterator[None]:
+        """Compute once what repeats, for the length of a run; prompts only if there is room for them."""
+        if not can_cache(self.model_patcher, self.options, self.conds):
+            yield
+            return
+        fits = self.sampling_memory()[0] <= comfy.model_management.get_free_memory(device)
+        prompts = sum(cond["cross_attn"].shape[1] for conds in self.conds.values() for cond in conds)
+        model = self.inner_model
+        dtype = model.manual_cast_dtype or model.get_dtype()
+        limit = prompts * self.chunk_shape[0] * text_bytes_per_token(model.diffusion_model, dtype) if fits else 0
+        self.cache = RunCache(limit)
+        self.options["transformer_options"][CACHE_KEY] = self.cache
+        try:
+            yield
+        finally:
+            self.cache = None
+            del self.options["transformer_options"][CACHE_KEY]
+
+    def sampling_memory(self) -> tuple[float, float]:
+        """Bytes that predictions of a chunk need, and the least they get by with, by the host's way of estimating."""
+        conds = {name: [{**cond, **self.sizes(name)} for cond in conds] for name, conds in self.original_conds.items()}
+        return comfy.sampler_helpers.estimate_memory(self.model_patcher, self.chunk_shape, conds)
+
+    def load_again(self) -> None:
+        """Load the model once more, between two chunks, where something else may have taken its place."""
+        required, minimum = self.sampling_memory()
+        comfy.model_management.load_models_gpu(
+            [self.model_patcher, *self.loaded_models], memory_required=required, minimum_memory_required=minimum
+        )
 
     def bind_chunk(self, index: int, history: History) -> PredictFlow:
         """Predict with this history and the chunk's prompt: the host's conds, with these in their model_conds."""
@@ -115,6 +174,9 @@ class HeliosGuider(comfy.samplers.CFGGuider):
 
         self.chunk_conds = {name: [with_chunk(cond) for cond in conds] for name, conds in self.conds.items()}
 
+        if self.cache is not None:
+            conds = [cond for group in self.chunk_conds.values() for cond in group]
+            self.cache.start_chunk({cond["uuid"]: cond["model_conds"]["c_crossattn"].cond for cond in conds})
         self.restart_trajectory()
         sampling: FlowSampling = self.inner_model.model_sampling
 
@@ -177,49 +239,3 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         finally:
             sampling.denoise_sigma = None
         return (x - denoised) / self.sigma
-
-
-def check_sampling(model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule) -> int:
-    """The number of chunks to sample. Raises ValueError, before anything is loaded, for what cannot be sampled."""
-    if not isinstance(model_patcher.model, HeliosModel):
-        raise ValueError(
-            f"Helios Chunked Sampler needs a Helios model, got {type(model_patcher.model).__name__}. "
-            "Load one with Helios Model Loader or Helios Diffusers Loader."
-        )
-    if not isinstance(model_patcher.get_model_object("model_sampling"), FlowSampling):
-        raise ValueError(
-            "The MODEL went through a node that replaces its sampling (such as ModelSamplingSD3). "
-            "Take that node out: the shift of Helios is part of its schedule."
-        )
-    if not positive:
-        raise ValueError("The positive conditioning is empty. Connect a prompt through Helios History Injection.")
-    for name, conditioning in (("positive", positive), ("negative", negative)):
-        found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
-        if found:
-            raise ValueError(f"Helios Chunked Sampler does not support {found} ({name}). Take it out of the graph.")
-        width = model_patcher.model.diffusion_model.config.text_dim
-        wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
-        if wrong:
-            raise ValueError(
-                f"The {name} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
-                "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
-            )
-    if (
-        latents.ndim != 5
-        or latents.shape[1] != LATENT_CHANNELS
-        or latents.shape[2] % CHUNK_LATENTS
-        or not latents.numel()
-    ):
-        raise ValueError(
-            f"The LATENT has the shape {tuple(latents.shape)}; expected (batch, {LATENT_CHANNELS}, a multiple of "
-            f"{CHUNK_LATENTS}, height / 8, width / 8). Make it with Helios History Injection."
-        )
-    schedule.check_size(latents.shape[-2] * SPATIAL_SCALE, latents.shape[-1] * SPATIAL_SCALE)
-    chunks = latents.shape[2] // CHUNK_LATENTS
-    track = find_track(positive)
-    if track and sum(track.chunks) > chunks:
-        raise ValueError(
-            f"The prompts last {sum(track.chunks)} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames)."
-            " Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
-        )
-    return chunks

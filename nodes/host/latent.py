@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.latent_formats
+import comfy.model_management
 import torch
 from torch import Tensor
 
@@ -19,6 +20,12 @@ STATE_KEY = "helios"
 def normalise(latents: Tensor) -> Tensor:
     """From VAE space, as on LATENT sockets, to the normalised space of the core; float32 on the CPU."""
     return comfy.latent_formats.Wan21().process_in(latents.float().cpu())
+
+
+def to_vae_space(latents: Tensor) -> Tensor:
+    """From normalised space to VAE space, as LATENT sockets have it: float32 on the host's intermediate device."""
+    latents = comfy.latent_formats.Wan21().process_out(latents.float())
+    return latents.to(comfy.model_management.intermediate_device())
 
 
 def video_state(latent: dict[str, Any]) -> VideoState | None:

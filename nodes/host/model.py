@@ -25,9 +25,12 @@ from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
 from ...helios_core.config import TransformerConfig, Variant
 from ...helios_core.history import History, HistoryLayout, Memory
 from ...helios_core.layers import Block, Modulation
+from ...helios_core.prepared import PreparedText
 from ...helios_core.safetensors_file import read_tensors
 from ...helios_core.schedule import TRAIN_STEPS
-from ...helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
+from ...helios_core.transformer import LONG_POOL, MID_POOL, BlockText, HeliosTransformer
+from .cache import CACHE_KEY, RunCache, text_bytes_per_token
+from .memory import Offloading, OffloadPatcher
 
 DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
 DTYPE_CHOICES: tuple[DtypeChoice, ...] = get_args(DtypeChoice)
@@ -39,9 +42,12 @@ DTYPES: dict[str, torch.dtype] = {
 }
 SUPPORTED_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
+MAY_BE_CONVERTED = 0.05  # of the bytes, while weights still count as being on disk
+
 # Names of the history's forward arguments, and how much coarser than the noisy chunk each is patchified.
 HISTORY_LONG, HISTORY_MID, HISTORY_SHORT = "history_long", "history_mid", "history_short"
 MEMORY_KEY = "helios_memory"  # of a cond, while the host sizes memory
+TEXT_CACHED_KEY = "helios_text_cached"  # of a cond whose keys and values are to be kept, likewise
 HISTORY = {HISTORY_LONG: LONG_POOL, HISTORY_MID: MID_POOL, HISTORY_SHORT: 1}
 
 
@@ -84,6 +90,10 @@ class HeliosNetwork(HeliosTransformer):
                 "A Helios model got no history. It cannot be sampled with KSampler: use Helios Chunked Sampler."
             )
         history = History(history_long, history_mid, history_short, history_layout.indices)
+        # A whole network under torch.compile uses none: newer hosts leave transformer_options out of its guards.
+        cache: RunCache | None = None if torch.compiler.is_compiling() else transformer_options.get(CACHE_KEY)
+        prompt = context if cache is None else cache.text(self, transformer_options.get("uuids", ()), context)
+        past = history if cache is None else cache.history(self, history)
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
@@ -97,19 +107,22 @@ class HeliosNetwork(HeliosTransformer):
                 transformer_options=transformer_options,
             )
 
-        def run_block(i: int, block: Block, x: Tensor, text: Tensor, time: Modulation, rope: Tensor) -> Tensor:
+        def run_block(
+            i: int, block: Block, x: Tensor, text: BlockText, time: Modulation, rope: Tensor, noisy_only: bool
+        ) -> Tensor:
             transformer_options["block_index"] = i
             replacement = replacements.get(("double_block", i))
             if replacement is None:
-                return block(x, text, time, rope, attend)
+                return block(x, text, time, rope, attend, noisy_only)
 
             def original(args: dict[str, Any]) -> dict[str, Any]:
                 return {"img": block(args["img"], args["txt"], args["vec"], args["pe"], attend)}
 
-            args = {"img": x, "txt": text, "vec": time, "pe": rope, "transformer_options": transformer_options}
+            tokens = prompt.tokens if isinstance(prompt, PreparedText) else text  # a replaced block may change them
+            args = {"img": x, "txt": tokens, "vec": time, "pe": rope, "transformer_options": transformer_options}
             return replacement(args, {"original_block": original})["img"]
 
-        return super().forward(x, timestep, context, history, attend, run_block)
+        return super().forward(x, timestep, prompt, past, attend, run_block)
 
 
 class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -142,7 +155,12 @@ class HeliosModel(comfy.model_base.BaseModel):
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
         """Before sampling the host sizes memory by these and by the noise; a cond then carries the memory it has."""
         memory: Memory | None = kwargs.get(MEMORY_KEY)
-        return history_shapes(memory) if memory else {}
+        if memory is None:
+            return {}
+        shapes = history_shapes(memory)
+        if kwargs.get(TEXT_CACHED_KEY):
+            shapes[TEXT_CACHED_KEY] = [memory.latents.shape[0], kwargs["cross_attn"].shape[1]]
+        return shapes
 
     def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
         """Bytes of activations of one forward, for a noisy chunk (B, 16, 9, h, w) and the histories in cond_shapes."""
@@ -153,12 +171,14 @@ class HeliosModel(comfy.model_base.BaseModel):
         for name, pool in HISTORY.items():
             for b, _, count, h, w in (cond_shapes or {}).get(name, ()):
                 tokens += b * math.ceil(count / pool) * math.ceil(h / 2 / pool) * math.ceil(w / 2 / pool)
-        element = torch.finfo(self.manual_cast_dtype or network.dtype).bits / 8
-        # Live at once: the residual stream, its fp32 norm before and after modulation, q, k, v and the attention's
-        # output (rotated in fp32), or the hidden layer of the feed-forward before and after its GELU.
-        attention = config.inner_dim * (5 * element + 4 * 4)
-        feed_forward = config.inner_dim * (2 * element + 4) + config.ffn_dim * 2 * element
-        return tokens * max(attention, feed_forward)
+        dtype = self.manual_cast_dtype or network.dtype
+        element = dtype.itemsize
+        prompts = sum(batch * length for batch, length in (cond_shapes or {}).get(TEXT_CACHED_KEY, ()))
+        # Live at once: the residual stream, its norm, q, k, v and what the attention makes of them, some in fp32 while
+        # they are normed or rotated; or the hidden layer of the feed-forward beside what goes in and comes out.
+        attention = config.inner_dim * (6 * element + 3 * 4)
+        feed_forward = config.inner_dim * (4 * element + 4) + config.ffn_dim * element
+        return tokens * max(attention, feed_forward) + prompts * text_bytes_per_token(network, dtype)
 
 
 class HeliosModelConfig(comfy.supported_models_base.BASE):
@@ -206,8 +226,25 @@ def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def load_model(path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = False) -> Any:
-    """Read a checkpoint (a file or an official folder) into a host ModelPatcher.
+def converted_on_reading(path: str, dtype: DtypeChoice) -> str | None:
+    """What to say where most weights cannot be used as they lie on disk, stored in another dtype."""
+    checkpoint = open_checkpoint(Path(path))
+    targets = target_dtypes(checkpoint.config, choose_dtype(dtype, checkpoint))
+    sizes = {name: math.prod(tensor.shape) * targets[name].itemsize for name, tensor in checkpoint.tensors.items()}
+    total = sum(sizes.values())
+    converted = sum(sizes[name] for name, tensor in checkpoint.tensors.items() if tensor.dtype != targets[name])
+    if converted <= MAY_BE_CONVERTED * total:
+        return None
+    return (
+        f"{converted / 1e9:.1f} of {total / 1e9:.1f} GB of weights are stored in another dtype than they are used in, "
+        "and stay in memory. To run from disk, make a file of them with scripts/convert_checkpoint.py."
+    )
+
+
+def load_model(
+    path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = False, offloading: Offloading | None = None
+) -> Any:
+    """Read a checkpoint (a file or an official folder) into a host ModelPatcher, or into one of ours that offloads.
 
     Weights stay memory-mapped where they are stored in the dtype they are used in; otherwise they are converted one
     by one, so loading takes no more than the weights in that dtype.
@@ -235,9 +272,13 @@ def load_model(path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = F
 
     model.device = offload_device
     make_patcher = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:  # newer hosts stream weights through their own patcher
+    if offloading is not None:
+        make_patcher = OffloadPatcher
+    elif not disable_dynamic:  # newer hosts stream weights through their own patcher
         make_patcher = getattr(comfy.model_patcher, "CoreModelPatcher", make_patcher)
     patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
+    if offloading is not None:
+        patcher.offload(offloading)
     # How newer hosts make a second, independent patcher (torch.compile, multi-GPU).
     patcher.cached_patcher_init = (load_model, (path, dtype))
     return patcher

@@ -41,22 +41,47 @@ def check_interrupt() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-_warned: set[str] = set()  # nodes that show a warning
+_shown: set[str] = set()  # nodes that show a message
+
+
+class Notes:
+    """What a run says on its node, line by line; what an earlier run has said there goes away."""
+
+    def __init__(self, node_id: str | None):
+        self.node_id = node_id
+        self.lines: list[str] = []
+        clear_warning(node_id)
+
+    def warn(self, message: str) -> None:
+        log.warning(message)
+        self._show(message)
+
+    def inform(self, message: str) -> None:
+        log.info(message)
+        self._show(message)
+
+    def _show(self, message: str) -> None:
+        self.lines.append(message)
+        _show("\n".join(self.lines), self.node_id)
 
 
 def warn(message: str, node_id: str | None = None) -> None:
     """Log a warning and show it on the node."""
     log.warning(message)
-    tell(message, node_id)
-    if node_id is not None:
-        _warned.add(node_id)
+    _show(message, node_id)
 
 
 def clear_warning(node_id: str | None) -> None:
-    """Take back what an earlier run warned of on this node; call before a run warns anew."""
-    if node_id is not None and node_id in _warned:
-        _warned.discard(node_id)
+    """Take back what an earlier run has shown on this node; call before a run warns anew."""
+    if node_id is not None and node_id in _shown:
+        _shown.discard(node_id)
         tell("", node_id)
+
+
+def _show(message: str, node_id: str | None) -> None:
+    tell(message, node_id)
+    if node_id is not None:
+        _shown.add(node_id)
 
 
 def tell(message: str, node_id: str | None) -> None:

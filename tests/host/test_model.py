@@ -14,7 +14,7 @@ import torch
 
 import oracle
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
-from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
+from comfyui_helios.helios_core.schedule import BASE, MID
 from comfyui_helios.helios_core.video import HistorySeed, VideoState
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.host.conditioning import set_history
@@ -22,9 +22,8 @@ from comfyui_helios.nodes.host.decode import decode_chunks
 from comfyui_helios.nodes.host.latent import video_state
 from comfyui_helios.nodes.host.model import DTYPES, MEMORY_KEY, HeliosModel, load_model
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from videos import CASES, CHUNKS, SEED, TOLERANCE, difference, reference_video
-
-QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
+from runs import QUICK, conditioning, run_node, sample
+from videos import CASES, CHUNKS, TOLERANCE, difference, reference_video
 
 
 @pytest.fixture(scope="module")
@@ -46,30 +45,6 @@ def folder(reference, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return load_model(str(folder), "fp32")
-
-
-def conditioning(embedding, **values):
-    return [[embedding, values]]
-
-
-def run_node(node, *args, **kwargs):
-    """As the host runs it, on no node of a page."""
-    return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=None)}).execute(*args, **kwargs)
-
-
-def sample(model, schedule, size=(64, 64), chunks=1, seed=SEED, positive=None, negative=None, batch=1):
-    """What the sampler node returns for an empty latent of this pixel size."""
-    prompts = oracle.prompts(batch=batch)
-    inputs = run_node(
-        HeliosHistoryInjection,
-        positive or conditioning(prompts[0]),
-        negative or conditioning(prompts[1]),
-        width=size[1],
-        height=size[0],
-        frames=33 * chunks,
-        batch_size=batch,
-    )
-    return run_node(HeliosChunkedSampler, model, *inputs.result, schedule, seed).result[0]
 
 
 def normalised(latent):

@@ -26,6 +26,11 @@ PLAY = """async () => { const video = document.querySelector('video[src*="type=o
     await new Promise(resolve => setTimeout(resolve, 1000))
     return JSON.stringify({found: true, duration: video.duration, width: video.videoWidth,
                            moved: video.currentTime !== from, error: video.error?.message ?? null}) }"""
+OVERLAPS = """() => { const title = 30, height = node => Math.max(node.size[1], node.computeSize()[1])
+    const over = (a, b) => a.pos[0] < b.pos[0] + b.size[0] && b.pos[0] < a.pos[0] + a.size[0]
+        && a.pos[1] - title < b.pos[1] + height(b) && b.pos[1] - title < a.pos[1] + height(a)
+    const nodes = app.graph.nodes
+    return nodes.flatMap((a, i) => nodes.slice(i + 1).filter(b => over(a, b)).map(b => `${a.type} ${b.type}`)) }"""
 # The host's CLIPLoader builds UMT5-XXL; see harness.small.
 BORROW_CLIP = """() => { const old = app.graph.nodes.find(node => node.type === 'CLIPLoader')
     if (!old) return
@@ -50,6 +55,7 @@ def test_a_workflow_opens_runs_and_plays(page, files, name):
     assert state["links"] == len(workflow["links"])
     assert not [node["type"] for node in state["nodes"] if node["missing"] or node["errors"]]
     assert page.warnings() == []
+    assert page.page.evaluate(OVERLAPS) == []
     shown = {key: value for node in state["nodes"] for key, value in node["widgets"].items()}
     assert (shown["width"], shown["height"], shown["fps"]) == (640, 384, 24)
     if "t2v" in name:

@@ -1,0 +1,135 @@
+"""Measuring: two ways of doing one thing in turns, the memory it takes, and where it was done."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; ratio = peer / ours, so more than 1 is better than the peer. None where it was not measured."""
+
+    name: str
+    ours: float | None
+    peer: float | None
+    unit: str
+    ratio: float | None = None
+    note: str = ""
+
+    @classmethod
+    def compare(cls, name: str, ours: float, peer: float, unit: str, note: str = "") -> Row:
+        return cls(name, ours, peer, unit, peer / ours, note)
+
+
+def seconds(function: Callable[[], Any], quiet: bool = False) -> float:
+    """How long it takes; with quiet, again and again until no other process took more than 5 % of a core meanwhile."""
+    for _ in range(ATTEMPTS if quiet else 1):
+        synchronize()
+        start, busy = time.perf_counter(), others_busy()
+        function()
+        synchronize()
+        took = time.perf_counter() - start
+        if others_busy() - busy <= 0.05 * took + 0.02:
+            break
+    else:
+        if quiet:
+            raise RuntimeError(f"This machine was not quiet for {took:.1f} s at a time in {ATTEMPTS} attempts.")
+    return took
+
+
+def others_busy() -> float:
+    """CPU seconds that other processes have taken so far, by Linux' counters; 0 elsewhere."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system = (int(ticks) for ticks in stat.read_text().split(maxsplit=4)[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turns(ours: Callable[[], Any], peer: Callable[[], Any], turns: int, quiet: bool = False) -> tuple[float, float]:
+    """Median seconds of each, A B A B: what else the machine does falls on both. Both have to be warm."""
+    times = [(seconds(ours, quiet), seconds(peer, quiet)) for _ in range(turns)]
+    mine, theirs = zip(*times, strict=True)
+    return statistics.median(mine), statistics.median(theirs)
+
+
+def peak_extra_bytes(function: Callable[[], Any]) -> int:
+    """Most bytes that were allocated at once beyond what was there before, as torch's allocator counts them."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+            function()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    versions = {}
+    for package in ("torch", "diffusers", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(rows: list[Row]) -> str:
+    head = f"{'':24} {'ours':>10} {'peer':>10} {'ratio':>7}  unit"
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        ours, peer = (f"{x:10.4g}" if x is not None else f"{'open':>10}" for x in (row.ours, row.peer))
+        ratio = f"{row.ratio:7.3f}" if row.ratio is not None else f"{'':7}"
+        lines.append(f"{row.name:24} {ours} {peer} {ratio}  {row.unit}{'  ' + row.note if row.note else ''}")
+    return "\n".join(lines)
+
+
+def write(path: Path, rows: list[Row], **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), **more, "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

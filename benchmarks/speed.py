@@ -1,0 +1,271 @@
+"""Ours against diffusers, on the same random weights and inputs, on this machine: `make bench`.
+
+Both run on torch's own attention in float32, in turns (A B A B), and medians are compared. Single forwards have no
+caches, chunks those of a real run. Rows go to build/bench.json; ratio = peer / ours, so more than 1 is faster. Of two
+rows the peer is ourselves: node_overhead (the core's path against the path through the nodes) and chunk_time_slope
+(the first chunks against the last of 44 in one run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from measure import Row, in_turns, machine, peak_extra_bytes, seconds, table, write
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bench_{path.parent.name}_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+load(ROOT / "tests" / "conftest.py")  # makes the checkout importable as the package `comfyui_helios`
+
+import oracle  # noqa: E402
+from comfyui_helios.helios_core.config import TransformerConfig  # noqa: E402
+from comfyui_helios.helios_core.generate import BindChunk, PredictFlow, generate  # noqa: E402
+from comfyui_helios.helios_core.history import History, Memory  # noqa: E402
+from comfyui_helios.helios_core.schedule import DISTILLED, Schedule  # noqa: E402
+from comfyui_helios.helios_core.transformer import HeliosTransformer  # noqa: E402
+
+LATENTS = (24, 40)
+STAGES = ((6, 10), (12, 20), (24, 40))
+TEXT_LENGTH = 512
+CHUNKS = (1, 4, 16, 44)
+SMALL = (8, 8)  # latents of the runs that are about the number of chunks
+
+# The 14B model's proportions, in a fifth of its width.
+CONFIG = {
+    "num_attention_heads": 8,
+    "attention_head_dim": 128,
+    "rope_dim": (44, 42, 42),
+    "text_dim": 1024,
+    "freq_dim": 256,
+    "ffn_dim": 2816,
+    "num_layers": 6,
+}
+SMALL_CONFIG = {**CONFIG, "num_attention_heads": 2, "ffn_dim": 704, "text_dim": 256, "num_layers": 4}
+
+
+# What this benchmark cannot say; kept with its results.
+OPEN = (
+    "14B in bf16 on a GPU (make bench-gpu): forward of each stage, chunk_111, chunk_222, frames per second with VAE, "
+    "latency of the first chunk, share of the matrix peak, attention backends, diffusers in its best setting",
+    "Own Triton kernels against the compiled path: need a GPU",
+    "Decoding in bf16 and channels-last, with the PSNR against float32: needs the real VAE's weights",
+)
+
+Compare = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
+"""Median seconds of ours and of the peer."""
+
+
+def schedule(*steps: int) -> Schedule:
+    """As diffusers shifts, so that both run the same timesteps."""
+    return replace(DISTILLED, steps=steps, amplify_first_chunk=False, shift_level="stage_below")
+
+
+def networks(config: dict[str, Any]) -> tuple[Any, HeliosTransformer]:
+    """diffusers' and ours, on the same weights."""
+    reference = oracle.transformer(0, **config)
+    ours = HeliosTransformer(TransformerConfig(**config))
+    ours.load_state_dict(reference.state_dict())
+    return reference, ours.eval()
+
+
+def prompt(config: dict[str, Any]) -> Tensor:
+    return torch.randn(1, TEXT_LENGTH, config["text_dim"], generator=torch.Generator().manual_seed(1))
+
+
+def bind_with(network: HeliosTransformer, text: Tensor) -> BindChunk:
+    """As a run does it: the prompt prepared once, the history once a chunk."""
+    prepared = network.prepare_text(text)
+
+    def bind(index: int, history: History) -> PredictFlow:
+        past = network.prepare_history(history)
+        return lambda latents, timestep, sigma: network(latents, torch.full((1,), timestep), prepared, past)
+
+    return bind
+
+
+def our_chunks(
+    network: HeliosTransformer, text: Tensor, size: tuple[int, int], steps: tuple[int, ...], chunks: int = 1
+) -> Iterator[Tensor]:
+    memory, rng = Memory.empty(1, *size), torch.Generator().manual_seed(0)
+    for chunk in generate(bind_with(network, text), schedule(*steps), memory, chunks, rng):
+        yield chunk.latents
+
+
+def their_pipeline(reference: Any, after_chunk: Callable[[], None] = lambda: None) -> Any:
+    """diffusers' pipeline; it insists on decoding every chunk, which is left out here."""
+    pipe = oracle.pipeline("distilled", reference)
+
+    def decode(latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        after_chunk()
+        return (torch.zeros(1, 3, 33, 1, 1),)
+
+    pipe.vae.decode = decode
+    return pipe
+
+
+def their_chunks(pipe: Any, text: Tensor, size: tuple[int, int], steps: tuple[int, ...], chunks: int = 1) -> Tensor:
+    return oracle.run(
+        pipe,
+        text,
+        text,
+        size=(size[0] * 8, size[1] * 8),
+        frames=33 * chunks,
+        pyramid_num_inference_steps_list=list(steps),
+        is_amplify_first_chunk=False,
+    )
+
+
+def same(name: str, ours: Tensor, theirs: Tensor) -> None:
+    """A benchmark of something else than the reference's result would be worth nothing."""
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    if not error <= 2e-5:
+        raise AssertionError(f"{name}: ours differs from diffusers by {error:.1e} of the largest value")
+
+
+def forwards(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterator[Row]:
+    rng = torch.Generator().manual_seed(0)
+    past = torch.randn(1, 16, 19, *LATENTS, generator=rng)
+    history = Memory(past, torch.randn(1, 16, 1, *LATENTS, generator=rng)).history()
+    text = prompt(CONFIG)
+    for stage, size in enumerate(STAGES):
+        args = (torch.randn(1, 16, 9, *size, generator=rng), torch.tensor([500.0]), text, history)
+
+        def mine(args: tuple = args) -> Tensor:
+            return ours(*args)
+
+        def theirs(args: tuple = args) -> Tensor:
+            return oracle.ask(reference, *args)
+
+        same(f"forward_stage{stage}", mine(), theirs())
+        yield Row.compare(f"forward_stage{stage}", *compare(mine, theirs), "s")
+    yield Row.compare("forward_extra_memory", peak_extra_bytes(mine) / 1e6, peak_extra_bytes(theirs) / 1e6, "MB")
+
+
+def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterator[Row]:
+    pipe, text = their_pipeline(reference), prompt(CONFIG)
+    for steps in ((1, 1, 1), (2, 2, 2)):
+
+        def mine(steps: tuple[int, ...] = steps) -> Tensor:
+            return next(our_chunks(ours, text, LATENTS, steps))
+
+        def theirs(steps: tuple[int, ...] = steps) -> Tensor:
+            return their_chunks(pipe, text, LATENTS, steps)
+
+        name = "chunk_" + "".join(map(str, steps))
+        same(name, mine(), theirs())
+        yield Row.compare(name, *compare(mine, theirs), "s")
+
+
+def through_nodes(reference: Any, ours: HeliosTransformer, compare: Compare) -> Row:
+    """A chunk through ComfyUI's nodes, on its own MODEL, against the same chunk from the core."""
+    load(ROOT / "tests" / "host" / "conftest.py")
+    import comfy.latent_formats
+
+    from comfyui_helios.nodes.history import HeliosHistoryInjection
+    from comfyui_helios.nodes.host.model import load_model
+    from comfyui_helios.nodes.sample import HeliosChunkedSampler
+
+    def run(node: type, *args: Any, **kwargs: Any) -> Any:
+        return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=None)}).execute(*args, **kwargs).result  # type: ignore[attr-defined]
+
+    text = prompt(CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(f"{folder}/transformer")
+        model = load_model(f"{folder}/transformer", "fp32")
+        size = {"width": LATENTS[1] * 8, "height": LATENTS[0] * 8, "frames": 33, "batch_size": 1}
+        inputs = run(HeliosHistoryInjection, [[text, {}]], [[text, {}]], **size)
+
+        def nodes() -> Tensor:
+            return run(HeliosChunkedSampler, model, *inputs, schedule(1, 1, 1), 0)[0]["samples"]
+
+        def core() -> Tensor:
+            return next(our_chunks(ours, text, LATENTS, (1, 1, 1)))
+
+        same("node_overhead", comfy.latent_formats.Wan21().process_in(nodes()), core())
+        return Row.compare("node_overhead", *compare(nodes, core), "s", "peer: the core's own path")
+
+
+def growth(quiet: bool) -> tuple[Row, list[dict[str, float]]]:
+    """One run of 44 chunks each, ours and theirs, at a small size where what grows would show most."""
+    reference, ours = networks(SMALL_CONFIG)
+    text = prompt(SMALL_CONFIG)
+    times: list[float] = []
+
+    def stamp() -> None:
+        times.append(time.perf_counter())
+
+    def mine() -> None:
+        times[:] = [time.perf_counter()]
+        for _ in our_chunks(ours, text, SMALL, (2, 2, 2), max(CHUNKS)):
+            stamp()
+
+    def theirs() -> None:
+        times[:] = [time.perf_counter()]
+        their_chunks(their_pipeline(reference, stamp), text, SMALL, (2, 2, 2), max(CHUNKS))
+
+    next(our_chunks(ours, text, SMALL, (1, 1, 1)))
+    seconds(mine, quiet)
+    our_times = times.copy()
+    seconds(theirs, quiet)
+    each = [after - before for before, after in pairwise(our_times)]
+    row = Row.compare(
+        "chunk_time_slope",
+        statistics.median(each[-9:]),
+        statistics.median(each[1:10]),
+        "s",
+        "ours: chunks 36 to 44, peer: chunks 2 to 10",
+    )
+    costs = [{"chunks": n, "ours": our_times[n] - our_times[0], "peer": times[n] - times[0]} for n in CHUNKS]
+    return row, costs
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench.json")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--quiet", action="store_true", help="take no sample while other processes are busy (Linux)")
+    options = parser.parse_args()
+
+    print("  ".join(f"{name} {value}" for name, value in machine().items() if value is not None))
+    compare = partial(in_turns, turns=options.turns, quiet=options.quiet)
+    reference, ours = networks(CONFIG)
+    rows = [*forwards(reference, ours, compare), *chunks(reference, ours, compare)]
+    rows.append(through_nodes(reference, ours, compare))
+    slope, costs = growth(options.quiet)
+    rows.append(slope)
+    print(table(rows))
+    print("seconds for a number of chunks (8x8 latents, width 256):")
+    for cost in costs:
+        print(f"  {cost['chunks']:3}: ours {cost['ours']:.2f}, diffusers {cost['peer']:.2f}")
+    for missing in OPEN:
+        print(f"open: {missing}")
+    write(options.out, rows, config=CONFIG, latents=LATENTS, text_length=TEXT_LENGTH, cost_of_chunks=costs, open=OPEN)
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Work beside the node's own thread, one piece at a time."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+class Background:
+    """A thread that ends with the `with` block. At most one piece of work is under way, so memory stays bounded."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "helios")
+        self._work: Future[None] | None = None
+
+    def start(self, work: Callable[..., None], *args: Any) -> None:
+        """Run work(*args) on the thread, after what is under way. Raises what that has raised."""
+        self.wait()
+        # The host knows by the context which node is at work; inference mode is a thread's own.
+        self._work = self._thread.submit(contextvars.copy_context().run, _infer, work, *args)
+
+    def wait(self) -> None:
+        """Return when nothing is under way. Raises what the work has raised, once."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _infer(work: Callable[..., None], *args: Any) -> None:
+    with torch.inference_mode():
+        work(*args)

@@ -1,0 +1,26 @@
+"""All chunks of a run in one tensor."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...helios_core.config import CHUNK_LATENTS
+from ...helios_core.generate import Chunk
+from .guider import HeliosGuider
+from .latent import to_vae_space
+
+
+def collect(guider: HeliosGuider) -> Tensor:
+    """Run the guider; latents (B, 16, 9 * chunks, H, W) in VAE space, float32, on the host's intermediate device."""
+    b, channels, frames, height, width = guider.chunk_shape
+    device = comfy.model_management.intermediate_device()
+    video = torch.empty((b, channels, frames * guider.chunks, height, width), device=device)
+
+    def keep(chunk: Chunk) -> None:
+        position = (chunk.index - guider.first_index) * CHUNK_LATENTS
+        video[:, :, position : position + CHUNK_LATENTS] = to_vae_space(chunk.latents)
+
+    guider.run(keep)
+    return video

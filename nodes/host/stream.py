@@ -1,0 +1,156 @@
+"""Sampler, decoder and video encoder in one pass, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import comfy.utils
+import folder_paths
+from torch import Tensor
+
+from ...helios_core.config import CHUNK_FRAMES, LATENT_CHANNELS
+from ...helios_core.generate import Chunk
+from .background import Background
+from .decode import decode_chunk
+from .graph_key import graph_key
+from .guider import HeliosGuider
+from .latent import to_vae_space
+from .progress import Notes, check_interrupt
+from .resume import SavedChunk, SavedRun, open_run
+from .room import fits_now, may_fit
+from .video_file import VideoFile
+
+
+class VideoWriter:
+    """Decodes the chunks of a batch and writes one video file an item; files that are not finished do not stay."""
+
+    def __init__(self, vae: Any, batch: int, shown: tuple[int, int], fps: float, crf: int, bit_depth: str):
+        """shown: the first frame of the video to write, and the one before which to stop."""
+        folder = Path(folder_paths.get_temp_directory())
+        self.vae, self.shown = vae, shown
+        self.files = [VideoFile(folder, fps, crf, bit_depth) for _ in range(batch)]
+        self.stopped = False
+
+    def write(self, position: int, samples: Tensor) -> None:
+        """Decode a chunk (B, 16, 9, H, W) in VAE space, number `position` of this video, and append its frames."""
+        for item, frames in self.decode(position, samples):
+            self.encode(item, frames)
+
+    def decode(self, position: int, samples: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each item's number and its frames to write, one item at a time; none of a chunk that is left out."""
+        start = position * CHUNK_FRAMES
+        first, end = (min(max(frame - start, 0), CHUNK_FRAMES) for frame in self.shown)
+        for item in range(len(self.files)):
+            if first < end and not self.stopped:
+                yield item, decode_chunk(self.vae, samples[item : item + 1])[first:end]
+
+    def encode(self, item: int, frames: Tensor) -> None:
+        if not self.stopped:
+            self.files[item].write(frames)
+
+    def finish(self) -> list[Path]:
+        return [file.finish() for file in self.files]
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            for file in self.files:
+                file.discard()
+
+
+def stream(
+    guider: HeliosGuider, writer: VideoWriter, overlap: bool, saved: SavedRun | None
+) -> tuple[list[Path], Tensor]:
+    """Sample what is not done, and write everything.
+
+    Returns the files and the last chunk (B, 16, 9, H, W) in VAE space. With `overlap` a chunk is encoded, and where
+    both models fit also decoded, while the next one is denoised; otherwise all take turns on the node's own thread.
+    """
+    decode_beside = overlap and may_fit(guider, writer.vae)
+    tail: list[Tensor] = []
+
+    def on_chunk(chunk: Chunk) -> None:
+        position = chunk.index - guider.first_index
+        if saved is not None:
+            saved.save(position, SavedChunk(chunk.latents, chunk.memory, guider.rng.get_state()))
+        tail[:] = [to_vae_space(chunk.latents)]
+        background.wait()
+        check_interrupt()
+        more = position + 1 < guider.chunks
+        if more and decode_beside and fits_now(guider, writer.vae):
+            background.start(writer.write, position, tail[0])
+            return
+        for item, frames in writer.decode(position, tail[0]):
+            if overlap:
+                background.start(writer.encode, item, frames)
+            else:
+                writer.encode(item, frames)
+        if more:
+            guider.load_again()  # decoding may have taken its place
+
+    with writer, Background() as background:
+        if guider.done and saved is not None:
+            tail[:] = [write_saved(writer, saved, guider.done)]
+        try:
+            if guider.done < guider.chunks:
+                guider.run(on_chunk, beside=[writer.vae.patcher] if decode_beside else [])
+                background.wait()
+        except BaseException:
+            writer.stopped = True
+            raise
+        return writer.finish(), tail[0]
+
+
+def write_saved(writer: VideoWriter, saved: SavedRun, done: int) -> Tensor:
+    """Write the chunks an earlier run has made; returns the last one in VAE space."""
+    bar = comfy.utils.ProgressBar(done)
+    for position in range(done):
+        check_interrupt()
+        samples = to_vae_space(saved.load(position).latents)
+        writer.write(position, samples)
+        bar.update(1)
+    return samples
+
+
+def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: Notes) -> SavedRun | None:
+    """Let the guider go on after the chunks that are saved for this node's graph; where the next ones are to be saved.
+
+    None where the graph cannot be known again.
+    """
+    if node_id not in (prompt or {}):
+        notes.warn("resume does not work on a node that another node has made: nothing is saved, nothing resumed.")
+        return None
+    saved, others = open_run(graph_key(prompt, node_id))
+    done, problem = saved.count(guider.chunks)
+    if problem:
+        notes.warn(f"{problem} It is not used, and made again.")
+    if done:
+        last = saved.load(done - 1)
+        guider.resume(done, last.memory, last.rng_state)
+    if done == guider.chunks:
+        notes.inform(f"All {done} chunks were saved: nothing is sampled, the video is encoded again.")
+    elif done:
+        notes.inform(f"Resumed after chunk {done} of {guider.chunks}.")
+    elif others:
+        notes.inform(
+            f"Starts anew: of this graph nothing is saved (of {others} other{'s' if others > 1 else ''} there is). To "
+            "resume, everything upstream must be as it was, the seed included, and the files."
+        )
+    return saved
+
+
+def check_vae(vae: Any) -> None:
+    """Raise ValueError, before anything is sampled, for a VAE that is not Wan 2.1's."""
+    channels = getattr(vae, "latent_channels", LATENT_CHANNELS)
+    if channels != LATENT_CHANNELS or getattr(vae, "latent_dim", 3) != 3:
+        raise ValueError(
+            f"The VAE decodes latents of {channels} channels; expected the video VAE with {LATENT_CHANNELS}. Load the "
+            "Wan 2.1 VAE."
+        )

@@ -1,0 +1,96 @@
+"""An h264 file that grows with the frames it is given and has its name only once it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from torch import Tensor
+
+from .disk import disk_errors
+
+PIXEL_FORMATS = {"8": "yuv420p", "10": "yuv420p10le"}
+BIT_DEPTHS = tuple(PIXEL_FORMATS)
+# The host's own videos have BT.601's matrix and limited range and do not say so; ours have the same and say so, so that
+# frames come out alike wherever they are read. Numbers of ITU-T H.273.
+PRIMARIES_BT709 = TRANSFER_BT709 = 1
+MATRIX_BT601 = 6
+PACKET_CHECK = "The video was written, but its file holds {found} frames instead of {expected}."
+
+
+class VideoFile:
+    """Frames to `folder`/helios_<random>.mp4; until `finish` a file that ends in .part."""
+
+    def __init__(self, folder: Path, fps: float, crf: int, bit_depth: str):
+        if bit_depth not in PIXEL_FORMATS:  # the host (0.3.75) lets any value of a V3 combo pass
+            raise ValueError(f"bit_depth must be one of {', '.join(BIT_DEPTHS)}, got {bit_depth!r}.")
+        self.target = folder / f"helios_{uuid.uuid4().hex}.mp4"
+        self.part = self.target.with_suffix(".mp4.part")
+        self.rate = Fraction(round(fps * 1000), 1000)  # as the host's Create Video rounds it
+        self.crf, self.bit_depth = crf, bit_depth
+        self.frames = 0
+        self.container: av.container.OutputContainer | None = None
+
+    def write(self, frames: Tensor) -> None:
+        """Append frames (F, H, W, 3) in 0..1. Raises OSError when the disk is full."""
+        with disk_errors("the video", self.part.parent):
+            if self.container is None:
+                self._open(frames.shape[2], frames.shape[1])
+            for frame in frames:
+                self._encode(self._picture(frame))
+
+    def finish(self) -> Path:
+        """Write what the encoder still holds and give the file its name."""
+        with disk_errors("the video", self.part.parent):
+            assert self.container is not None
+            self._encode(None)
+            container, self.container = self.container, None
+            container.close()
+            with av.open(str(self.part), format="mp4") as written:
+                found = written.streams.video[0].frames
+            if found != self.frames:
+                raise OSError(PACKET_CHECK.format(found=found, expected=self.frames))
+            self.part.replace(self.target)
+        return self.target
+
+    def discard(self) -> None:
+        """Take the file away, finished or not."""
+        container, self.container = self.container, None
+        if container is not None:
+            with contextlib.suppress(OSError):  # the disk may be full; the file goes anyway
+                container.close()
+        self.part.unlink(missing_ok=True)
+        self.target.unlink(missing_ok=True)
+
+    def _open(self, width: int, height: int) -> None:
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        self.container = av.open(str(self.part), "w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": str(self.crf)})
+        self.stream.width, self.stream.height = width, height
+        self.stream.pix_fmt = PIXEL_FORMATS[self.bit_depth]
+        context = self.stream.codec_context
+        context.colorspace, context.color_range = MATRIX_BT601, ColorRange.MPEG
+        context.color_primaries, context.color_trc = PRIMARIES_BT709, TRANSFER_BT709
+
+    def _picture(self, frame: Tensor) -> av.VideoFrame:
+        """As the host's Save Video makes it from an image, on any host: 8 bit from bytes, 10 bit from 16."""
+        if self.bit_depth == "10":
+            values = (frame.float() * 65535).clamp(0, 65535).cpu().numpy().astype(np.uint16)
+            picture = av.VideoFrame.from_ndarray(values, format="rgb48le")
+        else:
+            values = (frame * 255).clamp(0, 255).to("cpu", torch.uint8).numpy()
+            picture = av.VideoFrame.from_ndarray(values, format="rgb24")
+        picture = picture.reformat(format=PIXEL_FORMATS[self.bit_depth], dst_colorspace=Colorspace.ITU601)
+        picture.pts, picture.time_base = self.frames, 1 / self.rate
+        self.frames += 1
+        return picture
+
+    def _encode(self, picture: av.VideoFrame | None) -> None:
+        assert self.container is not None
+        self.container.mux(self.stream.encode(picture))

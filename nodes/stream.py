@@ -1,0 +1,167 @@
+"""Sampler, decoder and video file in one."""
+
+from __future__ import annotations
+
+from comfy_api.latest import InputImpl, io
+
+from ..helios_core.config import CHUNK_FRAMES
+from .host.compat import advanced, schema
+from .host.decode import shown_frames
+from .host.memory import GROUP_OFFLOAD, offloaded_vae, offloading
+from .host.progress import Notes
+from .host.resume import FOLDER, KEPT_RUNS
+from .host.start import prepare, sampled, variant_warning
+from .host.stream import VideoWriter, check_vae, pick_up, stream
+from .host.video_file import BIT_DEPTHS
+from .offload import DECODE_TOOLTIP
+from .schedule import HeliosScheduleSocket
+
+OVERLAP = ("auto", "off")
+
+
+class HeliosStreamVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="HeliosStreamVideo",
+            display_name="Helios Stream Video",
+            category="Helios",
+            description=(
+                "Denoises, decodes and encodes a video chunk by chunk, straight into an mp4 file: memory does not grow "
+                "with its length. In place of Helios Chunked Sampler, VAE Decode and Create Video."
+            ),
+            search_aliases=["helios", "long video", "resume", "video sampler", "stream"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Helios Model Loader or Helios Diffusers Loader."),
+                io.Conditioning.Input("positive", tooltip="From Helios History Injection."),
+                io.Conditioning.Input("negative", tooltip="Not used by the Distilled schedule, which has no guidance."),
+                io.Latent.Input("latent", tooltip="Size and length of the video, from Helios History Injection."),
+                HeliosScheduleSocket.Input("schedule", tooltip="The schedule of the model's variant."),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="All noise is drawn from it, on the CPU: the same seed gives the same video.",
+                ),
+                io.Float.Input(
+                    "fps", default=24.0, min=1.0, max=120.0, step=1.0, tooltip="The models make 24 a second."
+                ),
+                io.Int.Input(
+                    "crf",
+                    default=18,
+                    min=0,
+                    max=51,
+                    tooltip=(
+                        "Quality of the h264 file: lower is better and larger. 18 is hard to tell from the frames, 23 "
+                        "is what Create Video and Save Video use, each 6 more halves the size."
+                    ),
+                ),
+                io.Combo.Input(
+                    "bit_depth",
+                    options=list(BIT_DEPTHS),
+                    default=BIT_DEPTHS[0],
+                    tooltip="10 has smoother gradients; some players and phones cannot show it.",
+                ),
+                io.Boolean.Input(
+                    "trim",
+                    default=False,
+                    tooltip="Cut the video to exactly the number of frames asked for, instead of whole chunks of 33.",
+                ),
+                io.Int.Input(
+                    "drop_first",
+                    default=0,
+                    min=0,
+                    max=99_999,
+                    optional=True,
+                    tooltip="Leave out this many frames at the beginning: the first ones are the weakest.",
+                ),
+                io.Combo.Input(
+                    "seed_mode",
+                    options=["continue", "new"],
+                    default="continue",
+                    optional=True,
+                    tooltip=(
+                        "For a video that goes on from `previous`. continue: draw on where it stopped, as if both had "
+                        "been made in one run; the seed is not used. new: start from the seed."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "resume",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        f"Save each finished chunk in output/{FOLDER}, and go on after the last one when the same "
+                        "graph runs again, after a crash, a full disk or Cancel. Everything upstream must be as it "
+                        f"was: set the seed to fixed. The {KEPT_RUNS} newest runs are kept, older ones deleted."
+                    ),
+                ),
+                advanced(
+                    io.Combo.Input,
+                    "overlap_decode",
+                    options=list(OVERLAP),
+                    default=OVERLAP[0],
+                    optional=True,
+                    tooltip=(
+                        "auto: encode a chunk while the next one is denoised, and decode it then too where model and "
+                        "VAE fit on the device together. off: one after the other. The video is the same."
+                    ),
+                ),
+                io.Combo.Input(
+                    "vae_offload", options=list(GROUP_OFFLOAD), default="off", optional=True, tooltip=DECODE_TOOLTIP
+                ),
+            ],
+            outputs=[
+                io.Video.Output(
+                    display_name="video",
+                    is_output_list=True,
+                    tooltip="A finished h264 file, one for each item of a batch. Save Video copies it as it is.",
+                ),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="The last chunk, to go on from: connect it to `previous` of Helios History Injection.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        schedule,
+        vae,
+        seed,
+        fps,
+        crf,
+        bit_depth,
+        trim,
+        drop_first=0,
+        seed_mode="continue",
+        resume=False,
+        overlap_decode="auto",
+        vae_offload="off",
+    ) -> io.NodeOutput:
+        if overlap_decode not in OVERLAP:  # the host (0.3.75) lets any value of a V3 combo pass
+            raise ValueError(f"overlap_decode must be one of {', '.join(OVERLAP)}, got {overlap_decode!r}.")
+        check_vae(vae)
+        guider = prepare("Helios Stream Video", model, positive, negative, latent, schedule, seed, seed_mode)
+        shown = shown_frames(latent, guider.chunks, trim, drop_first)
+        how = offloading(vae_offload, weights_in="disk")
+        notes = Notes(cls.hidden.unique_id)
+        if warning := variant_warning(model, schedule):
+            notes.warn(warning)
+        saved = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else None
+        with offloaded_vae(vae, how) as decoder:
+            writer = VideoWriter(decoder, guider.chunk_shape[0], shown, fps, crf, bit_depth)
+            files, tail = stream(guider, writer, overlap_decode == "auto", saved)
+        videos = [InputImpl.VideoFromFile(str(file)) for file in files]
+        return io.NodeOutput(videos, sampled(tail, CHUNK_FRAMES, guider))
+
+
+NODES = [HeliosStreamVideo]
