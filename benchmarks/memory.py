@@ -39,19 +39,9 @@ CONFIG = {
     "rope_dim": (44, 42, 42),
 }
 STEPS = 3
-ON_A_GPU = (
-    "vram_14b_block",
-    "vram_14b_leaf",
-    "vram_14b_lowvram",
-    "vram_14b_diffusers_leaf",
-    "host_14b_host_tier",
-    "host_14b_disk_tier",
-    "seconds_a_chunk_resident",
-    "seconds_a_chunk_block",
-    "seconds_a_chunk_leaf",
-    "seconds_a_chunk_lowvram",
-    "seconds_a_chunk_diffusers_leaf",
-)
+GPU_FIGURES = ("vram_14b", "host_14b", "seconds_a_chunk")
+GPU_CASES = ("resident", "block_host", "block_disk", "leaf_host", "leaf_disk")  # of memory_gpu.py
+GPU_PEERS = ("comfyui_lowvram", "comfyui_dynamic_vram", "diffusers_leaf")
 
 
 def rss_anon() -> int:
@@ -172,6 +162,9 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "diffusers_plain": diffusers,
     "diffusers_block": lambda folder: diffusers(folder, offload_type="block_level", num_blocks_per_group=1),
     "diffusers_leaf": lambda folder: diffusers(folder, offload_type="leaf_level"),
+    "diffusers_disk_leaf": lambda folder: diffusers(
+        folder, offload_type="leaf_level", offload_to_disk_path=str(folder / "offload")
+    ),
     "diffusers_disk_block": lambda folder: diffusers(
         folder, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder / "offload")
     ),
@@ -228,9 +221,9 @@ def measure(folder: Path) -> list[Row]:
         Row.compare(
             "disk_tier_anonymous_leaf",
             size["ours_disk_leaf"] / MB,
-            size["diffusers_leaf"] / MB,
+            size["diffusers_disk_leaf"] / MB,
             "MB",
-            f"diffusers at leaf level{on_gpu}",
+            "leaf level; diffusers with offload_to_disk_path",
         ),
         Row.compare(
             "host_tier_peak",
@@ -276,7 +269,10 @@ def main() -> None:
         if not (folder / "transformer").is_dir():
             write_model(folder)
         rows = measure(folder)
-    rows += [Row(name, None, None, "", note="open: needs a GPU, and none was at hand") for name in ON_A_GPU]
+    for figure in GPU_FIGURES:
+        for case in GPU_CASES:
+            rows.append(Row(f"{figure}_{case}", None, None, "", note="open: make bench-memory-gpu on a card"))
+        rows.extend(Row(f"{figure}_{peer}", None, None, "", note="open: needs a card") for peer in GPU_PEERS)
     write(RESULT, rows)
     print(table(rows), f"-> {RESULT}", sep="\n")
 

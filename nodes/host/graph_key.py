@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -69,8 +70,9 @@ class FileFacts:
         if os.path.isfile(annotated):  # unlike Path.is_file, never raises, however long the text
             found.append(["input", *_facts(annotated, text)])
         for kind in sorted(folder_paths.folder_names_and_paths):
-            if path := folder_paths.get_full_path(kind, text):
-                found.append([kind, *_facts(Path(path), text)])
+            with contextlib.suppress(ValueError):  # on Windows, of a text that begins like another drive's path
+                if path := folder_paths.get_full_path(kind, text):
+                    found.append([kind, *_facts(Path(path), text)])
         if text in self.official:
             folder = official.find_folder(text)
             for path in sorted(_used_files(folder)):
@@ -81,7 +83,8 @@ class FileFacts:
 def _used_files(folder: Path) -> Iterator[Path]:
     for parent, names, files in os.walk(folder, followlinks=True):
         names[:] = [name for name in names if name not in UNUSED_FOLDERS and not name.startswith(".")]
-        yield from (Path(parent) / file for file in files if not file.startswith("."))
+        paths = (Path(parent) / file for file in files if not file.startswith("."))
+        yield from (path for path in paths if path.exists())  # a download that was cut off leaves links to nothing
 
 
 def _facts(path: Path, name: str) -> tuple[str, int, int]:

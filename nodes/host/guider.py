@@ -89,7 +89,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             for cond in conds:
                 cond.update(self.sizes(name))
                 if beside:
-                    cond["additional_models"] = list(beside)
+                    cond["additional_models"] = [*cond.get("additional_models", []), *beside]
         try:
             self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=self.rng.initial_seed())
         finally:

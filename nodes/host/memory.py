@@ -28,6 +28,7 @@ WeightsIn = Literal["host", "disk"]
 GROUP_OFFLOAD: tuple[GroupOffload, ...] = get_args(GroupOffload)
 WEIGHTS_IN: tuple[WeightsIn, ...] = get_args(WeightsIn)
 
+OFFLOADER = "helios_offloader"  # attribute of a model
 VAE_TILE, VAE_OVERLAP = 32, 8  # latents, in height and width
 MIB = 1024 * 1024
 
@@ -59,40 +60,61 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
     To the host it is as large as what it takes on the device. LoRA patches are applied to weights as they arrive there.
     """
 
-    offloader: Offloader
+    how: Offloading
+    dtype: torch.dtype | None = None  # as `Offloader` takes it
 
     def offload(self, how: Offloading, dtype: torch.dtype | None = None) -> None:
-        """Choose how, before it is loaded for the first time; dtype as `Offloader` takes it."""
+        self.how, self.dtype = how, dtype
         self.offload_device = torch.device("cpu")  # with --highvram the host keeps models on the device
-        self.offloader = Offloader(
-            self.model,
-            self.load_device,
-            level=how.level,
-            blocks_per_group=how.blocks_per_group,
-            gather=how.weights_in == "host",
-            dtype=dtype,
-            keep_below=KEEP_BELOW,
-            pin_limit=max(0, int(getattr(comfy.model_management, "MAX_PINNED_MEMORY", 0))),
-        )
         self.patches_uuid = uuid.uuid4()  # what another patcher has loaded of this model does not count
+
+    @property
+    def offloader(self) -> Offloader:
+        """Of the model: its clones share it, as they share the weights. Made when it is first needed."""
+        settings = (self.how, self.dtype, self.load_device)
+        known, offloader = getattr(self.model, OFFLOADER, (None, None))
+        if offloader is None or known != settings:
+            if offloader is not None:
+                offloader.remove()
+            offloader = Offloader(
+                self.model,
+                self.load_device,
+                level=self.how.level,
+                blocks_per_group=self.how.blocks_per_group,
+                gather=self.how.weights_in == "host",
+                dtype=self.dtype,
+                keep_below=KEEP_BELOW,
+            )
+            setattr(self.model, OFFLOADER, (settings, offloader))
+        return offloader
 
     def clone(self, *args: Any, **kwargs: Any) -> OffloadPatcher:
         n = super().clone(*args, **kwargs)
-        n.offloader = self.offloader
+        n.how, n.dtype = self.how, self.dtype
         return n
 
     def model_size(self) -> int:
-        return self.offloader.device_size if hasattr(self, "offloader") else super().model_size()
+        """Bytes it takes on the device: weights that stay, buffers, and room to compute the largest LoRA patch."""
+        weights = (self.model.get_parameter(key) for key in self.patches)
+        return self.offloader.device_size + max((2 * 4 * weight.numel() for weight in weights), default=0)
 
     def get_ram_usage(self) -> int:
-        return comfy.model_management.module_size(self.model)
+        whole = comfy.model_management.module_size(self.model)
+        return whole if self.how.weights_in == "host" else self.offloader.kept_size
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False) -> int:
+        if force_patch_weights and self.patches:
+            raise ValueError("Set group_offload to off to save a model with its LoRAs: offloaded weights are without.")
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False, **newer) -> None:
         self._refuse_what_does_not_mix()
+        offloader = self.offloader
         with self.use_ejected():
             self.unpatch_hooks()
-            self.offloader.transforms = {key: functools.partial(self._patched, key) for key in self.patches}
-            self.offloader.install()
+            offloader.transforms = {key: functools.partial(self._patched, key) for key in self.patches}
+            offloader.pin_limit = room_to_pin()
+            offloader.install()
             self.model.device = device_to
             self.model.model_lowvram = False
             self.model.model_loaded_weight_memory = self.model_size()
@@ -100,7 +122,6 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
             self.apply_hooks(self.forced_hooks, force_apply=True)
-        offloader = self.offloader
         log.info(
             "Group offloading of %s: %d groups; on the device %.0f MiB that stay and %.0f MiB of buffers.",
             type(self.model).__name__,
@@ -115,24 +136,27 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
     def unpatch_model(self, device_to=None, unpatch_weights=True) -> None:
         if unpatch_weights:
             self.offloader.remove()
+            self.offloader.transforms = {}  # they hold on to this patcher and its LoRAs
         super().unpatch_model(device_to, unpatch_weights)
 
     def _refuse_what_does_not_mix(self) -> None:
+        conflict = None
         if is_compiled(self):
-            raise ValueError(
-                "Group offloading moves weights while the model runs, which compiled code does not see. Take the "
-                "compile node out, or set group_offload to off."
-            )
-        if self.hook_patches:
-            raise ValueError(
-                "Group offloading does not work with LoRA hooks (Create Hook LoRA and the like). Use a LoRA loader, or "
-                "set group_offload to off."
-            )
-        if self.weight_wrapper_patches:
-            raise ValueError(
-                f"A node wraps the model's weights ({', '.join(list(self.weight_wrapper_patches)[:3])}), which group "
-                "offloading does not know. Take it out, or set group_offload to off."
-            )
+            conflict = "compiled code, which does not see weights move. Take the compile node out"
+        elif self.hook_patches:
+            conflict = "LoRA hooks (Create Hook LoRA and the like). Use a LoRA loader"
+        elif self.weight_wrapper_patches:
+            conflict = f"a node that wraps weights ({next(iter(self.weight_wrapper_patches))}). Take it out"
+        elif replaced := [key for key in self.object_patches if key.endswith(".forward")]:
+            conflict = f"a node that replaces how a layer computes ({replaced[0]}). Take it out"
+        elif scaled := [key for key in self.patches if self._is_scaled(key)]:
+            conflict = f"a LoRA on quantised weights ({scaled[0]}). Use weights in bf16 or fp16"
+        if conflict:
+            raise ValueError(f"Group offloading does not work with {conflict}, or set group_offload to off.")
+
+    def _is_scaled(self, key: str) -> bool:
+        _, set_weight, convert_weight = comfy.model_patcher.get_key_weight(self.model, key)
+        return set_weight is not None or convert_weight is not None
 
     def _patched(self, key: str, weight: Tensor) -> Tensor:
         """A weight with its LoRA patches, as the host itself computes it on the device."""
@@ -141,6 +165,13 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
         values = comfy.lora.calculate_weight(self.patches[key], values, key)
         seed = comfy.model_patcher.string_to_seed(key)
         return comfy.float.stochastic_rounding(values, weight.dtype, seed=seed)
+
+
+def room_to_pin() -> int:
+    """Bytes of host memory that the host would still pin; none where it pins none."""
+    management = comfy.model_management
+    limit = getattr(management, "MAX_PINNED_MEMORY", 0) - getattr(management, "TOTAL_PINNED_MEMORY", 0)
+    return max(0, int(limit))
 
 
 def is_compiled(patcher: Any) -> bool:
@@ -164,7 +195,7 @@ def offloaded_clip(clip: Any, how: Offloading | None) -> Iterator[Any]:
     if how is None:
         yield clip
         return
-    offloaded = clip.clone()
+    offloaded = copy.copy(clip)
     offloaded.patcher = _offloaded(clip.patcher, how)
     offloaded.cond_stage_model = offloaded.patcher.model
     try:
@@ -197,13 +228,21 @@ def offloaded_vae(vae: Any, how: Offloading | None) -> Iterator[Any]:
     try:
         yield offloaded
     finally:
+        del offloaded.decode  # it refers to what it belongs to
         release(offloaded.patcher)
 
 
 def _offloaded(patcher: Any, how: Offloading, dtype: torch.dtype | None = None) -> OffloadPatcher:
     """A clone of a host's patcher that offloads."""
-    dynamic = getattr(patcher, "is_dynamic", lambda: False)()  # newer hosts: its layers fetch their weights themselves
-    clone = patcher.clone(disable_dynamic=True) if dynamic else patcher.clone()
+    if getattr(patcher, "is_dynamic", lambda: False)():  # newer hosts: layers that fetch their weights themselves
+        if patcher.cached_patcher_init is None:
+            raise ValueError(
+                "Group offloading needs a copy of this model without ComfyUI's dynamic VRAM, and its loader does not "
+                "say how to make one. Use another loader, or set group_offload to off."
+            )
+        clone = patcher.clone(disable_dynamic=True)
+    else:
+        clone = patcher.clone()
     clone.__class__ = OffloadPatcher  # the host's clone has every field of its own that there is to take over
     clone.offload(how, dtype)
     return clone

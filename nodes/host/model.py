@@ -242,7 +242,7 @@ def converted_on_reading(path: str, dtype: DtypeChoice) -> str | None:
 
 
 def load_model(
-    path: str, dtype: DtypeChoice = "auto", disable_dynamic: bool = False, offloading: Offloading | None = None
+    path: str, dtype: DtypeChoice = "auto", offloading: Offloading | None = None, *, disable_dynamic: bool = False
 ) -> Any:
     """Read a checkpoint (a file or an official folder) into a host ModelPatcher, or into one of ours that offloads.
 
@@ -280,5 +280,5 @@ def load_model(
     if offloading is not None:
         patcher.offload(offloading)
     # How newer hosts make a second, independent patcher (torch.compile, multi-GPU).
-    patcher.cached_patcher_init = (load_model, (path, dtype))
+    patcher.cached_patcher_init = (load_model, (path, dtype, offloading))
     return patcher

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from ...helios_core.history import HistoryLayout, Memory, Statistics
 from .disk import disk_errors
+
+log = logging.getLogger(__name__)
 
 CHUNK_FORMAT = "helios chunk 1"
 FOLDER = "helios_resume"  # below the host's output folder
@@ -90,15 +94,18 @@ class SavedRun:
         part = target.with_suffix(".safetensors.part")
         try:
             with disk_errors(f"chunk {index + 1} of the video", self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
                 with part.open("wb") as file:
                     file.write(safetensors.torch.save(tensors, metadata))
                     file.flush()
                     os.fsync(file.fileno())
                 part.replace(target)
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
         _sync_folder(self.folder)
         self.digests.append(metadata["digest"])
+        prune(self.folder)
 
     def _follows(self, index: int) -> str:
         return self.digests[index - 1] if index else ""
@@ -122,30 +129,37 @@ class SavedRun:
 
 
 def open_run(key: str) -> tuple[SavedRun, int]:
-    """The run with this key, its folder made if need be, and how many other runs stay on the disk.
+    """The run with this key, whose folder comes with its first chunk, and how many other runs have saved chunks."""
+    run = SavedRun(Path(folder_paths.get_output_directory()) / FOLDER / key)
+    if run.folder.is_dir():
+        os.utime(run.folder)  # in use again: it counts as new
+    return run, sum(map(_has_chunks, _others(run.folder)))
 
-    Only the newest KEPT_RUNS folders stay, this one among them.
-    """
-    root = Path(folder_paths.get_output_directory()) / FOLDER
-    run = SavedRun(root / key)
-    with disk_errors("the folder of saved chunks", root):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        os.utime(run.folder)  # by which the newest are told
-    others = sorted(
-        (folder for folder in _our_folders(root) if folder != run.folder),
-        key=lambda folder: folder.stat().st_mtime_ns,
-        reverse=True,
-    )
-    for folder in others[KEPT_RUNS - 1 :]:
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    return run, len(others[: KEPT_RUNS - 1])
+
+def prune(used: Path) -> None:
+    """Of all runs' folders keep the KEPT_RUNS that were in use last, `used` among them."""
+    for folder in _others(used)[KEPT_RUNS - 1 :]:
+        try:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+        except OSError as error:  # another ComfyUI may be at it
+            log.warning("Could not delete the saved chunks in %s: %s", folder, error)
+
+
+def _others(used: Path) -> list[Path]:
+    """Folders of other runs, the last used first, those without a chunk at the end."""
+    folders = (folder for folder in _our_folders(used.parent) if folder != used)
+    return sorted(folders, key=lambda folder: (_has_chunks(folder), folder.stat().st_mtime_ns), reverse=True)
+
+
+def _has_chunks(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
 
 
 def _our_folders(root: Path) -> Iterator[Path]:
     """Folders that are named by a key and hold nothing but chunks. Others are somebody else's."""
-    for folder in root.iterdir():
+    for folder in root.iterdir() if root.is_dir() else ():
         if not KEY.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
             continue
         if all(OUR_FILE.fullmatch(file.name) and file.is_file() for file in folder.iterdir()):

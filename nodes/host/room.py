@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import comfy.model_management
@@ -29,6 +30,15 @@ def fits_now(guider: HeliosGuider, vae: Any) -> bool:
     if not _is_whole(model) or not _is_whole(vae.patcher):
         return False
     return _at_work(guider, vae) < comfy.model_management.get_free_memory(model.load_device)
+
+
+def already_loaded(vae: Any) -> Any:
+    """The VAE for decoding beside the diffusion model: it does not ask for room, which could put that one out."""
+    if "decode" in vars(vae):  # it is offloaded, and asks for little
+        return vae
+    beside = copy.copy(vae)
+    beside.memory_used_decode = lambda shape, dtype: 1
+    return beside
 
 
 def _is_whole(patcher: Any) -> bool:

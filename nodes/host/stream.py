@@ -20,7 +20,7 @@ from .guider import HeliosGuider
 from .latent import to_vae_space
 from .progress import Notes, check_interrupt
 from .resume import SavedChunk, SavedRun, open_run
-from .room import fits_now, may_fit
+from .room import already_loaded, fits_now, may_fit
 from .video_file import VideoFile
 
 
@@ -34,18 +34,18 @@ class VideoWriter:
         self.files = [VideoFile(folder, fps, crf, bit_depth) for _ in range(batch)]
         self.stopped = False
 
-    def write(self, position: int, samples: Tensor) -> None:
+    def write(self, position: int, samples: Tensor, vae: Any = None) -> None:
         """Decode a chunk (B, 16, 9, H, W) in VAE space, number `position` of this video, and append its frames."""
-        for item, frames in self.decode(position, samples):
+        for item, frames in self.decode(position, samples, vae):
             self.encode(item, frames)
 
-    def decode(self, position: int, samples: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def decode(self, position: int, samples: Tensor, vae: Any = None) -> Iterator[tuple[int, Tensor]]:
         """Each item's number and its frames to write, one item at a time; none of a chunk that is left out."""
         start = position * CHUNK_FRAMES
         first, end = (min(max(frame - start, 0), CHUNK_FRAMES) for frame in self.shown)
         for item in range(len(self.files)):
             if first < end and not self.stopped:
-                yield item, decode_chunk(self.vae, samples[item : item + 1])[first:end]
+                yield item, decode_chunk(vae or self.vae, samples[item : item + 1])[first:end]
 
     def encode(self, item: int, frames: Tensor) -> None:
         if not self.stopped:
@@ -84,8 +84,10 @@ def stream(
         background.wait()
         check_interrupt()
         more = position + 1 < guider.chunks
-        if more and decode_beside and fits_now(guider, writer.vae):
-            background.start(writer.write, position, tail[0])
+        if decode_beside and fits_now(guider, writer.vae):
+            background.start(writer.write, position, tail[0], already_loaded(writer.vae))
+            if not more:  # the host cleans up what it has loaded as soon as sampling ends
+                background.wait()
             return
         for item, frames in writer.decode(position, tail[0]):
             if overlap:

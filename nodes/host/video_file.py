@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import uuid
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from .disk import disk_errors
+
+log = logging.getLogger(__name__)
 
 PIXEL_FORMATS = {"8": "yuv420p", "10": "yuv420p10le"}
 BIT_DEPTHS = tuple(PIXEL_FORMATS)
@@ -62,11 +65,15 @@ class VideoFile:
     def discard(self) -> None:
         """Take the file away, finished or not."""
         container, self.container = self.container, None
-        if container is not None:
-            with contextlib.suppress(OSError):  # the disk may be full; the file goes anyway
+        try:
+            if container is not None:
                 container.close()
-        self.part.unlink(missing_ok=True)
-        self.target.unlink(missing_ok=True)
+        except (OSError, av.FFmpegError) as error:  # the disk may be full; the file goes anyway
+            log.debug("Closing %s, which is taken away: %s", self.part, error)
+        finally:
+            for file in (self.part, self.target):
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
 
     def _open(self, width: int, height: int) -> None:
         self.part.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ ROWS = {
 
 
 @pytest.fixture(autouse=True)
-def path(monkeypatch):
+def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 

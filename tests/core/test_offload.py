@@ -185,6 +185,34 @@ def test_failed_installation_leaves_nothing(model, failing, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name.startswith("helios-offload")]
 
 
+def test_gathering_that_failed_is_done_again(model, inputs, expected, monkeypatch):
+    offloader = Offloader(model, "cpu", keep_below=0)
+    fill, calls = offloader._fill, []
+
+    def fail_once(buffer, group):
+        calls.append(group.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        fill(buffer, group)
+
+    monkeypatch.setattr(offloader, "_fill", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        offloader.install()
+    with torch.inference_mode(), offloader:
+        assert torch.equal(model(*inputs), expected)
+    assert calls[:3] == ["blocks.0", "blocks.1", "blocks.1"]  # the first was gathered already
+
+
+def test_a_forward_that_a_layer_was_given_is_kept(model, inputs):
+    layer = model.blocks[1]
+    layer.forward = lambda x, *args, **kwargs: type(layer).forward(layer, x, *args, **kwargs)
+    given = layer.forward
+    with Offloader(model, "cpu", keep_below=0):
+        model(*inputs)
+    assert layer.forward is given
+    del layer.forward
+
+
 def test_transforms_see_arrived_weights_and_change_nothing_at_home(model, inputs, expected):
     name = "blocks.2.attn1.to_q.weight"
     kept = "proj_out.bias"

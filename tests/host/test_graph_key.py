@@ -179,3 +179,14 @@ def test_texts_of_all_kinds_are_no_files(files):
 def test_a_node_that_is_not_there_has_no_key(files):
     with pytest.raises(KeyError):
         graph_key(GRAPH, "55")
+
+
+def test_texts_that_look_like_paths_and_links_to_nothing(files, monkeypatch):
+    """On Windows the host raises for a text that begins with another drive; cut-off downloads leave broken links."""
+
+    def windows(kind, text):
+        raise ValueError("path is on mount 'A:', start on mount 'C:'")
+
+    (files / "models" / "diffusers" / "Helios-Distilled" / "transformer" / "missing.safetensors").symlink_to("nowhere")
+    monkeypatch.setattr(folder_paths, "get_full_path", windows)
+    assert resume.KEY.fullmatch(graph_key(GRAPH, "5"))

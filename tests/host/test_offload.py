@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import comfy.lora
@@ -108,6 +110,36 @@ def test_the_host_is_told_what_it_takes(folder):
     comfy.model_management.unload_all_models()
     assert model.loaded_size() == 0 and not hooked(model.model)
     assert model.get_ram_usage() == whole
+
+
+def test_patchers_of_one_model_share_its_offloader(folder):
+    first, other = (load_model(str(folder), "fp32", offloading=Offloading("leaf")) for _ in range(2))
+    clone = first.clone()
+    assert clone.offloader is first.offloader
+    clone.model = other.model  # as newer hosts make the patcher of a second card
+    assert clone.offloader is other.offloader is not first.offloader
+    factory, arguments = first.cached_patcher_init
+    assert isinstance(factory(*arguments, disable_dynamic=True), OffloadPatcher)
+
+
+def test_nothing_keeps_a_lora_alive(folder, expected):
+    model = load_model(str(folder), "fp32", offloading=Offloading("leaf"))
+    patched = comfy.sd.load_lora_for_models(model, None, lora(model), 0.8, 0)[0]
+    assert patched.model_size() > model.model_size()  # room to compute it
+    sample(patched, QUICK)
+    gone = weakref.ref(patched)
+    del patched
+    gc.collect()
+    assert gone() is None
+
+
+def test_saving_with_loras_is_refused(folder):
+    model = load_model(str(folder), "fp32", offloading=Offloading("block"))
+    patched = comfy.sd.load_lora_for_models(model, None, lora(model), 0.8, 0)[0]
+    with pytest.raises(ValueError, match="save a model with its LoRAs"):
+        comfy.model_management.load_models_gpu([patched], force_patch_weights=True)
+    comfy.model_management.load_models_gpu([model], force_patch_weights=True)
+    comfy.model_management.unload_all_models()
 
 
 class Boom(torch.OutOfMemoryError):

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.patcher_extension
 import folder_paths
 import pytest
 import torch
@@ -339,3 +340,23 @@ def test_only_the_newest_runs_stay_and_nothing_of_others_goes(parts, output):
     run(parts, graph(seed=3), start=beginning(33))  # again the newest
     run(parts, graph(seed=6), start=beginning(33))
     assert {path.name for path in output.iterdir()} - before == {keys[3], keys[5], graph_key(graph(seed=6), "5")}
+
+
+def test_runs_that_fail_early_push_out_nothing(parts, output):
+    run(parts, graph(seed=1), start=beginning(33))
+    valuable = output / graph_key(graph(seed=1), "5")
+    for seed in range(2, 6):
+        with pytest.raises(Killed):
+            run(Parts(failing(parts.model), parts.vae), graph(seed=seed), start=beginning(33))
+    assert [path for path in output.iterdir() if path.is_dir()] == [valuable]
+
+
+def failing(model):
+    """A MODEL that fails in its first prediction."""
+
+    def fail(*_, **__):
+        raise Killed
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", fail)
+    return clone
