@@ -169,11 +169,15 @@ class WatchedVAE:
     """The host's VAE, with something that happens at each decoding."""
 
     def __init__(self, vae, action):
-        self.vae, self.action, self.calls = vae, action, 0
+        self.vae, self.action, self.seen = vae, action, []  # a copy of it shares the list
         self.patcher, self.vae_dtype, self.memory_used_decode = vae.patcher, vae.vae_dtype, vae.memory_used_decode
 
+    @property
+    def calls(self):
+        return len(self.seen)
+
     def decode(self, samples):
-        self.calls += 1
+        self.seen.append(samples)
         self.action(self.calls)
         return self.vae.decode(samples)
 
