@@ -54,12 +54,12 @@ TEXT_LENGTH = 512
 CHUNKS = (1, 4, 16, 44)
 SMALL = (8, 8)  # latents of the runs that are about the number of chunks
 
-# The 14B model's proportions, in a fifth of its width.
+# The 14B model's proportions, in a fifth of its width; its text encoder is as wide as it is.
 CONFIG = {
     "num_attention_heads": 8,
     "attention_head_dim": 128,
     "rope_dim": (44, 42, 42),
-    "text_dim": 1024,
+    "text_dim": 4096,
     "freq_dim": 256,
     "ffn_dim": 2816,
     "num_layers": 6,

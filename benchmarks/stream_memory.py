@@ -1,9 +1,9 @@
 """Host memory of Helios Stream Video in a real server: videos of 44 chunks beside videos of 4.
 
-Each length has a server of its own, on tiny random weights; the peak is the largest sampled RssAnon of its process minus
-the value when it had started, all nodes imported. How decoding, encoding and denoising happen to meet makes each chunk's
-peak another one, so both lengths get as many chunks: one video of 44, eleven of 4. malloc gives back what is freed, so
-that memory counts that is in use. `python benchmarks/stream_memory.py`, or `row()`.
+Each length has a server of its own, on tiny random weights; the peak is the largest sampled RssAnon of its process
+minus the value when it had started, all nodes imported. How decoding, encoding and denoising happen to meet makes each
+chunk's peak another one, so both lengths get as many chunks: one video of 44, eleven of 4. malloc gives back what is
+freed, so that memory counts that is in use. `python benchmarks/stream_memory.py`, or `row()`.
 """
 
 from __future__ import annotations
