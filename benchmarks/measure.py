@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -92,6 +93,39 @@ def peak_extra_bytes(function: Callable[[], Any]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+class Peak:
+    """The largest RssAnon of a process (this one) while the context lasts, over its value at the start; sampled."""
+
+    def __init__(self, process: int | str = "self"):
+        self.status = Path(f"/proc/{process}/status")
+
+    def now(self) -> int:
+        for line in self.status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+        raise OSError(f"{self.status} has no RssAnon: this benchmark needs Linux.")
+
+    def __enter__(self) -> Peak:
+        self.start = self.peak = self.now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.002):
+            self.peak = max(self.peak, self.now())
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+        self.peak = max(self.peak, self.now())
+
+    @property
+    def bytes(self) -> int:
+        return self.peak - self.start
 
 
 def machine() -> dict[str, Any]:

@@ -15,14 +15,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import Row, table, write
+from measure import Peak, Row, table, write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "build" / "bench-memory.json"
@@ -42,38 +41,6 @@ STEPS = 3
 GPU_FIGURES = ("vram_14b", "host_14b", "seconds_a_chunk")
 GPU_CASES = ("resident", "block_host", "block_disk", "leaf_host", "leaf_disk")  # of memory_gpu.py
 GPU_PEERS = ("comfyui_lowvram", "comfyui_dynamic_vram", "diffusers_leaf")
-
-
-def rss_anon() -> int:
-    """Bytes of anonymous memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon: this benchmark needs Linux.")
-
-
-class Peak:
-    """The largest RssAnon while the context lasts, over its value at the start; sampled."""
-
-    def __enter__(self) -> Peak:
-        self.start = self.peak = rss_anon()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._sample)
-        self.thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self.done.wait(0.002):
-            self.peak = max(self.peak, rss_anon())
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-        self.peak = max(self.peak, rss_anon())
-
-    @property
-    def bytes(self) -> int:
-        return self.peak - self.start
 
 
 def inputs() -> dict[str, Any]:
@@ -256,6 +223,12 @@ def measure(folder: Path) -> list[Row]:
     ]
 
 
+def stream_44_over_4() -> tuple[str, float, float, str, str]:
+    from stream_memory import row
+
+    return row()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=CASES, help="only this one, in this process")
@@ -269,6 +242,7 @@ def main() -> None:
         if not (folder / "transformer").is_dir():
             write_model(folder)
         rows = measure(folder)
+    rows.append(Row.compare(*stream_44_over_4()))
     for figure in GPU_FIGURES:
         for case in GPU_CASES:
             rows.append(Row(f"{figure}_{case}", None, None, "", note="open: make bench-memory-gpu on a card"))

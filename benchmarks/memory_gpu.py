@@ -56,7 +56,7 @@ def write_weights(file: Path, config: dict[str, Any]) -> None:
 
 def run_case(name: str, file: Path, tiny: bool) -> dict[str, Any]:
     import torch
-    from memory import Peak
+    from measure import Peak
 
     from helios_core.checkpoint import open_checkpoint, target_dtypes
     from helios_core.config import NATIVE_HEIGHT, NATIVE_WIDTH, SPATIAL_SCALE
