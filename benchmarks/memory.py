@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import stream_memory
 from measure import Peak, Row, table, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,12 +224,6 @@ def measure(folder: Path) -> list[Row]:
     ]
 
 
-def stream_44_over_4() -> tuple[str, float, float, str, str]:
-    from stream_memory import row
-
-    return row()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=CASES, help="only this one, in this process")
@@ -242,7 +237,7 @@ def main() -> None:
         if not (folder / "transformer").is_dir():
             write_model(folder)
         rows = measure(folder)
-    rows.append(Row.compare(*stream_44_over_4()))
+    rows += stream_memory.rows()
     for figure in GPU_FIGURES:
         for case in GPU_CASES:
             rows.append(Row(f"{figure}_{case}", None, None, "", note="open: make bench-memory-gpu on a card"))

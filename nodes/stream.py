@@ -95,7 +95,7 @@ class HeliosStreamVideo(io.ComfyNode):
                     tooltip=(
                         f"Save each finished chunk in output/{FOLDER}, and go on after the last one when the same "
                         "graph runs again, after a crash, a full disk or Cancel. Everything upstream must be as it "
-                        f"was: set the seed to fixed. The {KEPT_RUNS} newest runs are kept, older ones deleted."
+                        f"was: set the seed to fixed. The {KEPT_RUNS} newest runs and those of the last day are kept."
                     ),
                 ),
                 advanced(

@@ -235,9 +235,12 @@ def converted_on_reading(path: str, dtype: DtypeChoice) -> str | None:
     converted = sum(sizes[name] for name, tensor in checkpoint.tensors.items() if tensor.dtype != targets[name])
     if converted <= MAY_BE_CONVERTED * total:
         return None
+    used = choose_dtype(dtype, checkpoint)
+    name = next((name for name, known in DTYPES.items() if known == used), str(used))
+    convert = "" if used == torch.float32 else f", or make a file with scripts/convert_checkpoint.py --dtype {name}"
     return (
-        f"{converted / 1e9:.1f} of {total / 1e9:.1f} GB of weights are stored in another dtype than they are used in, "
-        "and stay in memory. To run from disk, make a file of them with scripts/convert_checkpoint.py."
+        f"{100 * converted / total:.0f} % of the weights are stored in another dtype than they are used in ({name}), "
+        f"and stay in memory. To run from disk, choose the dtype they are stored in{convert}."
     )
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 CHUNK_FORMAT = "helios chunk 1"
 FOLDER = "helios_resume"  # below the host's output folder
 KEPT_RUNS = 3
+KEPT_SECONDS = 24 * 60 * 60
 KEY = re.compile(r"[0-9a-f]{64}")
 OUR_FILE = re.compile(r"chunk_\d{5}\.safetensors(\.part)?")
 WRONG = {
@@ -94,7 +96,13 @@ class SavedRun:
         part = target.with_suffix(".safetensors.part")
         try:
             with disk_errors(f"chunk {index + 1} of the video", self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                except (FileExistsError, NotADirectoryError) as error:
+                    raise ValueError(
+                        f"Chunks are saved in the folder {self.folder.parent}, but there is a file of that name. Move "
+                        "it away, or switch resume off."
+                    ) from error
                 with part.open("wb") as file:
                     file.write(safetensors.torch.save(tensors, metadata))
                     file.flush()
@@ -137,9 +145,14 @@ def open_run(key: str) -> tuple[SavedRun, int]:
 
 
 def prune(used: Path) -> None:
-    """Of all runs' folders keep the KEPT_RUNS that were in use last, `used` among them."""
+    """Delete runs' folders but the KEPT_RUNS that were in use last, `used` among them, and any of the last day.
+
+    One graph may have many nodes that save, and a run that was cut off waits for its user.
+    """
     for folder in _others(used)[KEPT_RUNS - 1 :]:
         try:
+            if time.time() - folder.stat().st_mtime < KEPT_SECONDS:
+                continue
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()

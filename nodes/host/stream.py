@@ -137,13 +137,13 @@ def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: N
         last = saved.load(done - 1)
         guider.resume(done, last.memory, last.rng_state)
     if done == guider.chunks:
-        notes.inform(f"All {done} chunks were saved: nothing is sampled, the video is encoded again.")
+        notes.inform(f"All chunks ({done}) were saved: nothing is sampled, the video is encoded again.")
     elif done:
         notes.inform(f"Resumed after chunk {done} of {guider.chunks}.")
     elif others:
         notes.inform(
-            f"Starts anew: of this graph nothing is saved (of {others} other{'s' if others > 1 else ''} there is). To "
-            "resume, everything upstream must be as it was, the seed included, and the files."
+            f"Starts anew: no chunk is saved for this graph ({others} other run{'s are' if others > 1 else ' is'} "
+            "kept). To resume, everything upstream must be as it was: prompts, frames, seed, files."
         )
     return saved
 

@@ -274,7 +274,7 @@ def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch)
     assert isinstance(node.execute("x", "bf16", "leaf", 1, "host").result[0], OffloadPatcher)
     assert not said
     node.execute("x", "bf16", "leaf", 1, "disk")
-    assert len(said) == 1 and "GB of weights" in said[0]
+    assert len(said) == 1 and "used in (bf16)" in said[0] and "--dtype bf16" in said[0]
     assert not isinstance(node.execute("x", "bf16").result[0], OffloadPatcher)
 
 

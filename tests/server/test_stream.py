@@ -65,11 +65,11 @@ class FaultyVAE:
     def make(self, vae, at):
         class Faulty:
             patcher, vae_dtype, memory_used_decode = vae.patcher, vae.vae_dtype, staticmethod(vae.memory_used_decode)
-            calls = 0
+            calls = []  # of all copies
 
             def decode(self, samples):
-                self.calls += 1
-                if self.calls == at:
+                self.calls.append(samples)
+                if len(self.calls) == at:
                     raise RuntimeError("injected: DefaultCPUAllocator: not enough memory")
                 return vae.decode(samples)
 
