@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES
@@ -9,6 +11,25 @@ from .host.compat import schema
 from .host.decode import decode_chunks
 from .host.memory import offloaded_vae, offloading
 from .offload import DECODE_TOOLTIP, offload_inputs
+
+
+def frame_inputs() -> list[Any]:
+    """Which of the decoded frames are kept."""
+    return [
+        io.Boolean.Input(
+            "trim",
+            default=False,
+            tooltip="Cut the video to exactly the number of frames asked for, instead of whole chunks of 33.",
+        ),
+        io.Int.Input(
+            "drop_first",
+            default=0,
+            min=0,
+            max=99_999,
+            optional=True,
+            tooltip="Leave out this many frames at the beginning: the first ones are the weakest.",
+        ),
+    ]
 
 
 class HeliosChunkedVAEDecode(io.ComfyNode):
@@ -26,19 +47,7 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("latent", tooltip="From Helios Chunked Sampler."),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
-                io.Boolean.Input(
-                    "trim",
-                    default=False,
-                    tooltip="Cut the video to exactly the number of frames asked for, instead of whole chunks of 33.",
-                ),
-                io.Int.Input(
-                    "drop_first",
-                    default=0,
-                    min=0,
-                    max=99_999,
-                    optional=True,
-                    tooltip="Leave out this many frames at the beginning: the first ones are the weakest.",
-                ),
+                *frame_inputs(),
                 io.Int.Input(
                     "crossfade",
                     default=0,

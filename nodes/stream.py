@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import InputImpl, io
 
 from ..helios_core.config import CHUNK_FRAMES
+from .decode import frame_inputs
 from .host.compat import advanced, schema
 from .host.decode import shown_frames
 from .host.memory import GROUP_OFFLOAD, offloaded_vae, offloading
@@ -14,7 +15,7 @@ from .host.start import prepare, sampled, variant_warning
 from .host.stream import VideoWriter, check_vae, pick_up, stream
 from .host.video_file import BIT_DEPTHS
 from .offload import DECODE_TOOLTIP
-from .schedule import HeliosScheduleSocket
+from .sample import model_inputs, seed_input, seed_mode_input
 
 OVERLAP = ("auto", "off")
 
@@ -32,20 +33,9 @@ class HeliosStreamVideo(io.ComfyNode):
             ),
             search_aliases=["helios", "long video", "resume", "video sampler", "stream"],
             inputs=[
-                io.Model.Input("model", tooltip="From Helios Model Loader or Helios Diffusers Loader."),
-                io.Conditioning.Input("positive", tooltip="From Helios History Injection."),
-                io.Conditioning.Input("negative", tooltip="Not used by the Distilled schedule, which has no guidance."),
-                io.Latent.Input("latent", tooltip="Size and length of the video, from Helios History Injection."),
-                HeliosScheduleSocket.Input("schedule", tooltip="The schedule of the model's variant."),
+                *model_inputs(),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="All noise is drawn from it, on the CPU: the same seed gives the same video.",
-                ),
+                seed_input(),
                 io.Float.Input(
                     "fps", default=24.0, min=1.0, max=120.0, step=1.0, tooltip="The models make 24 a second."
                 ),
@@ -65,29 +55,8 @@ class HeliosStreamVideo(io.ComfyNode):
                     default=BIT_DEPTHS[0],
                     tooltip="10 has smoother gradients; some players and phones cannot show it.",
                 ),
-                io.Boolean.Input(
-                    "trim",
-                    default=False,
-                    tooltip="Cut the video to exactly the number of frames asked for, instead of whole chunks of 33.",
-                ),
-                io.Int.Input(
-                    "drop_first",
-                    default=0,
-                    min=0,
-                    max=99_999,
-                    optional=True,
-                    tooltip="Leave out this many frames at the beginning: the first ones are the weakest.",
-                ),
-                io.Combo.Input(
-                    "seed_mode",
-                    options=["continue", "new"],
-                    default="continue",
-                    optional=True,
-                    tooltip=(
-                        "For a video that goes on from `previous`. continue: draw on where it stopped, as if both had "
-                        "been made in one run; the seed is not used. new: start from the seed."
-                    ),
-                ),
+                *frame_inputs(),
+                seed_mode_input(),
                 io.Boolean.Input(
                     "resume",
                     default=False,

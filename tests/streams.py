@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +14,13 @@ import folder_paths
 import torch
 
 import oracle
-from comfyui_helios.helios_core.schedule import DISTILLED
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.host.folder import load_vae
 from comfyui_helios.nodes.host.model import load_model
 from comfyui_helios.nodes.stream import HeliosStreamVideo
+from runs import QUICK
 from tiny import make_vae
 
-QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 WIDTH, HEIGHT = 128, 64
 GRAPH = {
     "1": {"class_type": "HeliosDiffusersLoader", "inputs": {"folder": "Helios-Distilled", "dtype": "auto"}},

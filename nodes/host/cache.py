@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,6 @@ from .memory import OffloadPatcher
 
 if TYPE_CHECKING:
     from ...helios_core.transformer import HeliosTransformer
-
-log = logging.getLogger(__name__)
 
 CACHE_KEY = "helios_cache"  # in transformer_options
 COMPILE_KEY = "torch.compile"  # of the host's own wrapper, which leaves the network's inputs alone
@@ -82,10 +79,6 @@ class RunCache:
         if key not in self.histories:
             self.histories[key] = network.prepare_history(history)
         return self.histories[key]
-
-    def clear(self) -> None:
-        self.texts.clear()
-        self.histories.clear()
 
 
 def text_bytes_per_token(network: HeliosTransformer, dtype: torch.dtype) -> int:
