@@ -194,7 +194,8 @@ class HeliosHistoryInjection(io.ComfyNode):
                     cls.hidden.unique_id,
                 )
             batch_size, _, _, *size = memory.latents.shape
-        samples = torch.zeros((batch_size, LATENT_CHANNELS, chunks * CHUNK_LATENTS, *size))
+        # Only its shape counts: one zero, so that a long video takes no memory before it is made.
+        samples = torch.zeros(()).expand(batch_size, LATENT_CHANNELS, chunks * CHUNK_LATENTS, *size)
         return io.NodeOutput(
             set_history(positive, seed),
             set_history(negative, seed),

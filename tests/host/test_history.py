@@ -83,6 +83,13 @@ def normalised(latent):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_an_empty_latent_of_any_length_takes_no_memory():
+    samples = inputs(frames=33 * 44)[2]["samples"]
+    assert samples.shape == (1, 16, 9 * 44, SIZE[0] // 8, SIZE[1] // 8)
+    assert samples.untyped_storage().nbytes() == samples.element_size()
+    assert not samples.any()
+
+
 def test_image_to_video_equals_the_reference(model, reference, case):
     image, repeated = latents(1, 1), latents(2, 9)
     vae = GivenVAE(image, [repeated])
