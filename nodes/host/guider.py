@@ -70,6 +70,10 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         b, _, _, height, width = self.memory.latents.shape
         return (b, LATENT_CHANNELS, CHUNK_LATENTS, height, width)
 
+    def steps(self, chunks: int) -> int:
+        """How many steps the first `chunks` chunks of this run have."""
+        return sum(self.schedule.steps_in_chunk(self.first_index + i) for i in range(chunks))
+
     def resume(self, done: int, memory: Memory, rng_state: Tensor) -> None:
         """Take the first `done` chunks for made; memory and rng_state are as they were after the last of them."""
         self.done, self.memory = done, memory
@@ -106,7 +110,6 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
 
         start = self.first_index + self.done
-        steps = sum(self.schedule.steps_in_chunk(i) for i in range(start, self.first_index + self.chunks))
         loop = generate(
             self.bind_chunk,
             self.schedule,
@@ -115,7 +118,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             self.rng,
             first_index=start,
             skip_first_chunk=self.skip_first_chunk,
-            on_step=SamplingProgress(self.model_patcher, steps),
+            on_step=SamplingProgress(self.model_patcher, self.steps(self.chunks), done=self.steps(self.done)),
         )
         with self.caching(device):
             for chunk in loop:

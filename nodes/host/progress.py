@@ -18,13 +18,14 @@ log = logging.getLogger(__name__)
 class SamplingProgress:
     """One bar over all steps of all chunks, with a preview of the frame in the middle of the chunk.
 
-    Build it on the node's thread: the host ties the bar to the node that is executing there.
+    An earlier run may have taken the first `done` steps. Build it on the node's thread: the host ties the bar to the
+    node that is executing there.
     """
 
-    def __init__(self, model_patcher: Any, steps: int):
+    def __init__(self, model_patcher: Any, steps: int, done: int = 0):
         self.bar = comfy.utils.ProgressBar(steps)
         self.previewer = latent_preview.get_previewer(model_patcher.load_device, model_patcher.model.latent_format)
-        self.done = 0
+        self.done = done
 
     def __call__(self, step: Step) -> None:
         check_interrupt()

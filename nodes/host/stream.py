@@ -99,7 +99,7 @@ def stream(
 
     with writer, Background() as background:
         if guider.done and saved is not None:
-            tail[:] = [write_saved(writer, saved, guider.done)]
+            tail[:] = [write_saved(guider, writer, saved)]
         try:
             if guider.done < guider.chunks:
                 guider.run(on_chunk, beside=[writer.vae.patcher] if decode_beside else [])
@@ -110,14 +110,14 @@ def stream(
         return writer.finish(), tail[0]
 
 
-def write_saved(writer: VideoWriter, saved: SavedRun, done: int) -> Tensor:
+def write_saved(guider: HeliosGuider, writer: VideoWriter, saved: SavedRun) -> Tensor:
     """Write the chunks an earlier run has made; returns the last one in VAE space."""
-    bar = comfy.utils.ProgressBar(done)
-    for position in range(done):
+    bar = comfy.utils.ProgressBar(guider.steps(guider.chunks))
+    for position in range(guider.done):
         check_interrupt()
         samples = to_vae_space(saved.load(position).latents)
         writer.write(position, samples)
-        bar.update(1)
+        bar.update_absolute(guider.steps(position + 1))
     return samples
 
 

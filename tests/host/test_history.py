@@ -82,7 +82,6 @@ def normalised(latent):
     return WAN.process_in(latent["samples"])
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_an_empty_latent_of_any_length_takes_no_memory():
     samples = inputs(frames=33 * 44)[2]["samples"]
     assert samples.shape == (1, 16, 9 * 44, SIZE[0] // 8, SIZE[1] // 8)
@@ -90,6 +89,7 @@ def test_an_empty_latent_of_any_length_takes_no_memory():
     assert not samples.any()
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_image_to_video_equals_the_reference(model, reference, case):
     image, repeated = latents(1, 1), latents(2, 9)
     vae = GivenVAE(image, [repeated])

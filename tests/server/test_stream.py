@@ -294,10 +294,11 @@ def test_cancelled_and_resumed_in_one_server(host, info):
     run = run_workflow(host.url, api)
     _, tail = saved(host, run)
     ticks = [tick for tick in run.progress if tick.node == node]
-    assert {tick.maximum for tick in ticks} == {
-        there,
-        6 * (6 - there),
-    }  # encoding what is there, then sampling the rest
+    done = 12 + 6 * (there - 1)  # the first chunk is amplified
+    assert {tick.maximum for tick in ticks} == {12 + 6 * 5}  # one bar: encoding what is there, then sampling the rest
+    assert [tick.value for tick in ticks][-1] == 12 + 6 * 5
+    assert done in {tick.value for tick in ticks}
+    assert [tick.value for tick in ticks] == sorted(tick.value for tick in ticks)
     assert f"Resumed after chunk {there} of 6." in host.log.read_text()
     fresh = stream_api(info, "fresh", frames=33 * 6, seed=51, crf=20)
     _, expected = saved(host, run_workflow(host.url, fresh))
