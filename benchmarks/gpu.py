@@ -9,14 +9,17 @@ see that it runs: its numbers say nothing.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import decode
 import torch
 import torch.nn.functional as F
 from measure import Row, in_turns, peak_extra_bytes, seconds, table, write
@@ -27,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from helios_core.config import CHUNK_FRAMES, TransformerConfig  # noqa: E402
+from helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, TransformerConfig  # noqa: E402
 from helios_core.generate import generate  # noqa: E402
 from helios_core.history import History, Memory  # noqa: E402
 from helios_core.schedule import DISTILLED  # noqa: E402
@@ -38,6 +41,7 @@ TINY = TransformerConfig(
     num_attention_heads=2, attention_head_dim=32, rope_dim=(12, 10, 10), ffn_dim=128, text_dim=64, num_layers=2
 )
 TINY_LATENTS = (8, 8)
+TINY_VAE = {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 TURNS = 5
 TERA = 1e12
 
@@ -158,7 +162,7 @@ def asking(peer: Any, args: tuple) -> Callable[[], Any]:
     return lambda: peer(latents, timestep, text, *indices, *past, return_dict=False)
 
 
-def chunks(bench: Bench, suffix: str, decode: Callable[[Tensor], Any] | None) -> Iterator[Row]:
+def chunks(bench: Bench, suffix: str, to_frames: Callable[[Tensor], Any] | None) -> Iterator[Row]:
     """Whole chunks with the caches of a run, then with decoding, one after the other."""
     for steps in ((1, 1, 1), (2, 2, 2)):
         schedule = replace(DISTILLED, steps=steps, amplify_first_chunk=False)
@@ -182,25 +186,22 @@ def chunks(bench: Bench, suffix: str, decode: Callable[[Tensor], Any] | None) ->
 
         took = bench.median(lambda run=run: next(run()))
         yield Row(f"chunk_{name}{suffix}", took, None, "s", note=f"{CHUNK_FRAMES / took:.2f} FPS without VAE")
-        if decode is not None:
+        if to_frames is not None:
 
-            def decoded(run: Any = run, decode: Any = decode) -> None:
+            def decoded(run: Any = run, to_frames: Any = to_frames) -> None:
                 for latents in run(count=3):
-                    decode(latents)
+                    to_frames(latents)
 
-            first = bench.median(lambda run=run, decode=decode: decode(next(run())))
+            first = bench.median(lambda run=run: to_frames(next(run())))
             rate = 3 * CHUNK_FRAMES / bench.median(decoded)
             yield Row(f"first_chunk_{name}{suffix}", first, None, "s", note="latency, VAE included")
             yield Row(f"fps_{name}{suffix}", rate, None, "FPS", note="end to end with VAE, text encoder apart")
 
 
-def wan_decoder(bench: Bench, tiny: bool) -> Callable[[Tensor], Any]:
-    """diffusers' Wan VAE in the real size and bf16, random weights."""
-    from diffusers import AutoencoderKLWan
-
-    size = {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} if tiny else {}
-    vae = AutoencoderKLWan(z_dim=16, **size).to(bench.device, torch.bfloat16).eval().requires_grad_(False)
-    return lambda latents: vae.decode(latents.bfloat16(), return_dict=False)
+def decoding(bench: Bench, vae: Any) -> Iterator[Row]:
+    compare = partial(in_turns, turns=TURNS)
+    chunk = bench.random(1, 16, CHUNK_LATENTS, *bench.latents).float()
+    return decode.rows(vae, decode.by_diffusers, chunk, compare)
 
 
 def diffusers_network(bench: Bench) -> Any:
@@ -225,14 +226,22 @@ def main() -> None:
         parser.error("there is no GPU here that PyTorch can use. --tiny runs a toy network on the CPU.")
 
     bench = Bench(options.tiny)
-    peer = decode = None
+    peer = vae = to_frames = None
     if importlib.util.find_spec("diffusers") is None:
         bench.open.append("rows of diffusers, and all with VAE: diffusers is not installed")
     else:
-        peer, decode = diffusers_network(bench), wan_decoder(bench, options.tiny)
+        peer = diffusers_network(bench)
+        vae = decode.random_vae(**TINY_VAE if options.tiny else {}).to(bench.device)
+        low_vae = copy.deepcopy(vae).bfloat16()
+
+        def to_frames(latents: Tensor) -> Tensor:
+            return decode.by_diffusers(low_vae, latents.bfloat16())
+
     peak = matrix_peak(bench)
     rows = [Row("matrix_peak", peak / TERA, None, "TFLOP/s", note=f"bf16, {bench.matrix} cubed")]
-    rows += [*attention(bench), *forwards(bench, "", peer, peak), *chunks(bench, "", decode)]
+    rows += [*attention(bench), *forwards(bench, "", peer, peak), *chunks(bench, "", to_frames)]
+    if vae is not None:
+        rows += decoding(bench, vae)
     if options.no_compile:
         bench.open.append("compiled rows: left out by --no-compile")
     elif bench.device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -242,7 +251,7 @@ def main() -> None:
         for network in (bench.network, peer):
             for block in network.blocks if network is not None else ():
                 block.compile(dynamic=False)
-        rows += [*forwards(bench, "_compiled", peer, peak), *chunks(bench, "_compiled", decode)]
+        rows += [*forwards(bench, "_compiled", peer, peak), *chunks(bench, "_compiled", to_frames)]
     print(table(rows))
     for missing in bench.open:
         print(f"open: {missing}")

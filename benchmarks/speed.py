@@ -2,9 +2,9 @@
 
 Both run on torch's own attention in float32, in turns (A B A B), and medians are compared. Single forwards have no
 caches, chunks those of a real run: the prompt was prepared before, as for every chunk but a prompt's first, and the
-history is within. Rows go to build/bench.json; ratio = peer / ours, so more than 1 is faster. Of two rows the peer is
-ourselves: node_overhead (the core's path against the path through the nodes) and chunk_time_slope (the first chunks
-against the last of 44 in one run).
+history is within. Rows go to build/bench.json; ratio = peer / ours, so more than 1 is faster. Of some rows the peer is
+ourselves: node_overhead (the core's path against the path through the nodes), chunk_time_slope (the first chunks
+against the last of 44 in one run) and ways to decode (against one chunk at a time in float32).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import decode
 import torch
 from measure import Row, in_turns, machine, peak_extra_bytes, seconds, table, write
 from torch import Tensor
@@ -52,6 +53,7 @@ LATENTS = (24, 40)
 STAGES = ((6, 10), (12, 20), (24, 40))
 TEXT_LENGTH = 512
 CHUNKS = (1, 4, 16, 44)
+DECODED = (8, 16)  # latents of the chunk that the VAE decodes
 SMALL = (8, 8)  # latents of the runs that are about the number of chunks
 
 # The 14B model's proportions, in a fifth of its width; its text encoder is as wide as it is.
@@ -72,7 +74,7 @@ OPEN = (
     "14B in bf16 on a GPU (make bench-gpu): forward of each stage, chunk_111, chunk_222, frames per second with VAE, "
     "latency of the first chunk, share of the matrix peak, attention backends, diffusers in its best setting",
     "Own Triton kernels against the compiled path: need a GPU",
-    "Decoding in bf16 and channels-last, with the PSNR against float32: needs the real VAE's weights",
+    "The PSNR of decoding in bf16 on the real VAE's weights: random ones stand in for them here",
 )
 
 Compare = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
@@ -208,6 +210,30 @@ def through_nodes(reference: Any, ours: HeliosTransformer, compare: Compare) -> 
         yield Row.compare("node_overhead", *compare(nodes, core), "s", "peer: the core's own path")
 
 
+def decoding(compare: Compare) -> Iterator[Row]:
+    """A chunk by the host's Wan VAE, which the nodes decode with, against diffusers'; then other ways to run it."""
+    from comfyui_helios.nodes.host.folder import load_vae
+
+    theirs = decode.random_vae()
+    chunk = torch.randn(1, 16, 9, *DECODED, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(f"{folder}/vae")
+        host: Any = load_vae(Path(folder)).first_stage_model.float()
+
+    def by_host(decoder: Any, latents: Tensor) -> Tensor:
+        return decoder.decode(latents)
+
+    def mine() -> Tensor:
+        return by_host(host, chunk)
+
+    def peer() -> Tensor:
+        return decode.by_diffusers(theirs, chunk)
+
+    same("decode_fp32", mine().clamp(-1, 1), peer())
+    yield Row.compare("decode_fp32", *compare(mine, peer), "s")
+    yield from decode.rows(host, by_host, chunk, compare)
+
+
 def growth(quiet: bool) -> tuple[Row, list[dict[str, float]]]:
     """One run of 44 chunks each, ours and theirs, at a small size where what grows would show most."""
     reference, ours = networks(SMALL_CONFIG)
@@ -254,10 +280,11 @@ def main() -> None:
     compare = partial(in_turns, turns=options.turns, quiet=options.quiet)
     reference, ours = networks(CONFIG)
     rows = []
-    for part in (forwards, chunks, through_nodes):
-        for row in part(reference, ours, compare):
-            print(f"{row.name} {row.ours:.4g} {row.unit}, peer {row.peer:.4g}", flush=True)
-            rows.append(row)
+    few = partial(in_turns, turns=min(options.turns, 2), quiet=options.quiet)  # a minute each
+    parts = [part(reference, ours, compare) for part in (forwards, chunks, through_nodes)]
+    for row in chain(*parts, decoding(few)):
+        print(f"{row.name} {row.ours:.4g} {row.unit}, peer {row.peer:.4g}", flush=True)
+        rows.append(row)
     slope, costs = growth(options.quiet)
     rows.append(slope)
     print(table(rows))

@@ -16,6 +16,12 @@ ROWS = {
     "chunk_222",
     "node_overhead",
     "chunk_time_slope",
+    "decode_fp32",
+    "decode_batch_2",
+    "decode_channels_last",
+    "decode_bf16",
+    "decode_bf16_batch_2",
+    "decode_bf16_channels_last",
 }
 
 
