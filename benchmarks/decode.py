@@ -15,7 +15,7 @@ import torch
 from measure import Row
 from torch import Tensor, nn
 
-WAYS = {  # dtype, channels-last, chunks at once
+WAYS = {  # dtype, 3D convolutions channels-last, chunks at once
     "decode_batch_2": (torch.float32, False, 2),
     "decode_channels_last": (torch.float32, True, 1),
     "decode_bf16": (torch.bfloat16, False, 1),

@@ -2,7 +2,8 @@
 
 Each video has a server of its own, on tiny random weights; its peak is the largest sampled RssAnon of the process minus
 the value when it had started, all nodes imported. malloc gives back what is freed, so that memory counts that is in
-use. Every file is decoded to its end. `python benchmarks/stream_memory.py`, or `rows()`.
+use. A chunk's peak depends on how decoding, encoding and denoising meet: the longer video has more chances of a high
+one, so the ratio errs upwards. Every file is decoded to its end. `python benchmarks/stream_memory.py`, or `rows()`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def peak(models: Path, workflow: str, chunks: int) -> int:
         api = small_api(workflow, info, width=WIDTH, height=HEIGHT, frames=CHUNK_FRAMES * chunks, **STEPS)
         with Peak(host.process.pid) as memory:
             run = run_workflow(host.url, api, timeout=1800)
+        if len(run.files()) != 1:
+            raise RuntimeError(f"{workflow} wrote {run.files()} instead of one video.")
         [file] = run.files()
         with av.open(str(host.output / file["subfolder"] / file["filename"])) as video:
             frames = sum(1 for _ in video.decode(video=0))
