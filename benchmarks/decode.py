@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from measure import Row
+from measure import Compare, Row
 from torch import Tensor, nn
 
 WAYS = {  # dtype, 3D convolutions channels-last, chunks at once
@@ -25,7 +25,6 @@ WAYS = {  # dtype, 3D convolutions channels-last, chunks at once
 
 Decode = Callable[[Any, Tensor], Tensor]
 """decoder, latents (B, 16, 9, h, w) -> frames (B, 3, 33, 8h, 8w)."""
-Compare = Callable[[Callable[[], object], Callable[[], object]], tuple[float, float]]
 
 
 def random_vae(**size: Any) -> Any:

@@ -19,6 +19,9 @@ import torch
 
 ATTEMPTS = 100
 
+Compare = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
+"""Median seconds of ours and of the peer: `in_turns`, its turns given."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,13 +26,15 @@ from typing import Any
 
 import decode
 import torch
-from measure import Row, in_turns, machine, peak_extra_bytes, seconds, table, write
+from measure import Compare, Row, in_turns, machine, peak_extra_bytes, seconds, table, write
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+HOST = ROOT / "tests" / "host" / "conftest.py"  # makes ComfyUI importable
 sys.path.insert(0, str(ROOT / "tests"))
 
 
+@cache
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"bench_{path.parent.name}_{path.stem}", path)
     assert spec and spec.loader
@@ -78,9 +80,6 @@ OPEN = (
     "Own Triton kernels against the compiled path: need a GPU",
     "The PSNR of decoding in bf16 on the real VAE's weights: random ones stand in for them here",
 )
-
-Compare = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
-"""Median seconds of ours and of the peer."""
 
 
 def schedule(*steps: int) -> Schedule:
@@ -185,7 +184,7 @@ def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterato
 
 def through_nodes(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterator[Row]:
     """A chunk through ComfyUI's nodes, on its own MODEL, against the same chunk from the core."""
-    load(ROOT / "tests" / "host" / "conftest.py")
+    load(HOST)
     import comfy.latent_formats
 
     from comfyui_helios.nodes.history import HeliosHistoryInjection
@@ -214,6 +213,7 @@ def through_nodes(reference: Any, ours: HeliosTransformer, compare: Compare) -> 
 
 def decoding(compare: Compare) -> Iterator[Row]:
     """A chunk by the host's Wan VAE, which the nodes decode with, against diffusers'; then other ways to run it."""
+    load(HOST)
     from comfyui_helios.nodes.host.folder import load_vae
 
     theirs = decode.random_vae()
