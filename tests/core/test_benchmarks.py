@@ -14,6 +14,8 @@ ROWS = {
     "forward_extra_memory",
     "chunk_111",
     "chunk_222",
+    "chunk_222_12_layers",
+    "chunk_222_per_layer",
     "node_overhead",
     "chunk_time_slope",
     "decode_fp32",
