@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 SIGMA_MAX = 0.999
 TRAIN_STEPS = 1000
 PATCH = 2  # a token covers 1 x 2 x 2 latents
+GAMMA_MAX = 1 / 3  # of four values, no two can be correlated more negatively
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Schedule:
     # (0.42.1) asks before it has upsampled, and so takes the stage below's.
     shift_level: ShiftLevel = "stage"
     stage_range: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
-    gamma: float = 1 / 3
+    gamma: float = GAMMA_MAX
     shift_tokens: tuple[int, int] = (256, 4096)
     shift_mu: tuple[float, float] = (0.5, 1.15)
 
@@ -67,8 +68,13 @@ class Schedule:
                 f"{len(self.steps)} stages of steps {self.steps} do not fit the {len(self.stage_range) - 1} stages of "
                 f"the pyramid's range {self.stage_range}."
             )
-        if not self.gamma > 0 or list(self.stage_range) != sorted(set(self.stage_range)):
-            raise ValueError(f"gamma must be above 0 and stage_range ascend, got {self.gamma} and {self.stage_range}.")
+        if not 0 < self.gamma <= GAMMA_MAX:
+            raise ValueError(
+                f"gamma must be above 0 and at most 1/3, got {self.gamma}: noise that is correlated more than that "
+                "within 2 x 2 blocks does not exist."
+            )
+        if list(self.stage_range) != sorted(set(self.stage_range)):
+            raise ValueError(f"stage_range must ascend, got {self.stage_range}.")
         if self.solver == "dmd" and len(self.steps) == 1:
             raise ValueError("The DMD solver re-noises within the stages of a pyramid; give steps for each stage.")
         if self.amplify_first_chunk and self.solver != "dmd":

@@ -15,7 +15,7 @@ from comfy_execution.graph_utils import is_link
 
 from . import official
 
-KEY_FORMAT = "helios graph 1"
+KEY_FORMAT = "helios graph 2"  # raised when the same graph gives other latents than before
 # Inputs that change the video file, or how it is made, but no latents.
 OFFLOAD = {"group_offload", "blocks_per_group", "weights_in"}
 NOT_LATENTS = {

@@ -130,6 +130,7 @@ def test_official_files_win_over_the_preset():
         ({"prediction_type": "epsilon"}, "prediction_type 'epsilon'"),
         ({"stages": 2}, "stages 2; only 3"),
         ({"gamma": 0}, "gamma must be above 0"),
+        ({"gamma": 0.34}, "gamma must be above 0 and at most 1/3, got 0.34"),
         ({"time_shift_type": "cubic"}, "time_shift must be one of"),
     ],
 )
