@@ -12,11 +12,19 @@ Variant = Literal["base", "mid", "distilled"]
 
 LATENT_CHANNELS = 16
 CHUNK_LATENTS = 9  # latent frames that are denoised together
+PATCH = 2  # a token covers 1 x 2 x 2 latents
 CHUNK_FRAMES = 33  # pixel frames they decode to: (9 - 1) * 4 + 1
 SPATIAL_SCALE = 8  # pixels a latent, in height and width
 HISTORY_SIZES = (16, 2, 1)  # latent frames of long, mid and short history
 FRAME_RATE = 24
 NATIVE_HEIGHT, NATIVE_WIDTH = 384, 640  # the only size the weights were trained at
+
+# What schedules, sizes in pixels and positions in time are made for.
+FIXED: dict[str, Any] = {
+    "patch_size": (1, PATCH, PATCH),
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+}
 
 
 def num_chunks(frames: int) -> int:
@@ -30,7 +38,7 @@ def num_chunks(frames: int) -> int:
 class TransformerConfig:
     """Shape of `HeliosTransformer`; the fields and defaults of the published `transformer/config.json`."""
 
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, int, int] = (1, PATCH, PATCH)
     num_attention_heads: int = 40
     attention_head_dim: int = 128
     in_channels: int = LATENT_CHANNELS
@@ -55,6 +63,11 @@ class TransformerConfig:
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
+        for name, known in FIXED.items():
+            if (value := getattr(self, name)) != known:
+                raise ValueError(f"{name} is {value}; every published Helios has {known}, and no other is supported.")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim must be even, half cosines and half sines, got {self.freq_dim}.")
         for name in ("eps", "rope_theta"):
             if not isinstance(getattr(self, name), (int, float)):
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}.")

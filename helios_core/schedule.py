@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import CHUNK_LATENTS, SPATIAL_SCALE, Variant
+from .config import CHUNK_LATENTS, PATCH, SPATIAL_SCALE, Variant
 from .drift import AntiDrift
 
 Solver = Literal["unipc", "euler", "dmd"]
@@ -28,7 +28,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 SIGMA_MAX = 0.999
 TRAIN_STEPS = 1000
-PATCH = 2  # a token covers 1 x 2 x 2 latents
 GAMMA_MAX = 1 / 3  # of four values, no two can be correlated more negatively
 
 

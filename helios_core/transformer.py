@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -110,6 +110,10 @@ class HeliosTransformer(nn.Module):
         """Latents that one token covers where patches are `pool` times coarser."""
         t, h, w = self.config.patch_size
         return t * pool, h * pool, w * pool
+
+    def count_tokens(self, shape: Sequence[int], pool: int = 1) -> int:
+        """How many tokens latents (..., T, H, W) become, padded up to whole patches that are `pool` times coarser."""
+        return math.prod(math.ceil(size / kernel) for size, kernel in zip(shape[-3:], self.kernel(pool), strict=True))
 
     def token_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens in time, height and width; latents the patch size does not divide are cut, as the convolution does."""
