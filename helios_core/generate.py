@@ -65,6 +65,7 @@ def generate(
     Runs on the device of memory.latents; random numbers come from rng, on its own device, in the reference's order.
     first_index is the number of chunks this video already has: amplification is for chunk 0 alone. skip_first_chunk
     takes the second chunk's first latent frame for the anchor, a cure for image-to-video that starts static.
+    Raises FloatingPointError in place of a chunk that is not finite.
     """
     b, channels, _, height, width = memory.latents.shape
     schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
@@ -75,10 +76,22 @@ def generate(
         latents = denoise_chunk(
             bind(index, memory.history()), schedule, noise.to(memory.latents.device), rng, index, on_step
         )
+        check_finite(latents, index)
         memory = memory.push(latents, reanchor=skip_first_chunk and index == 1)
         if schedule.anti_drift:
             memory = schedule.anti_drift.observe(memory, latents)
         yield Chunk(index, latents, memory)
+
+
+def check_finite(latents: Tensor, index: int) -> None:
+    """Raise FloatingPointError if the latents of chunk `index` are not all numbers; waits for the device."""
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            f"Chunk {index + 1} of the video is not finite: it has NaN or infinite values, and so would all that "
+            "follows. Likely causes: a model or text encoder that runs in fp16, which reaches only to 65504 (choose "
+            "bf16 or fp32); a LoRA that is too strong, broken or made for another model; a damaged model file "
+            "(download it again)."
+        )
 
 
 def denoise_chunk(

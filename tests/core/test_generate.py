@@ -180,6 +180,24 @@ def test_chunks_come_as_soon_as_they_are_made(models):
     assert [(step.stage, step.index) for step in steps[12:]] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_chunk_that_is_not_finite_ends_the_video(value):
+    def bind(index, past):
+        def predict_flow(latents, timestep, sigma):
+            flow = torch.randn_like(latents)
+            if index == 1:
+                flow[0, 3, 4, 5, 6] = value
+            return flow
+
+        return predict_flow
+
+    schedule_ = replace(BASE, steps=(2,))
+    chunks = loop.generate(bind, schedule_, Memory.empty(1, 8, 8), 3, torch.Generator())
+    assert next(chunks).latents.isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"Chunk 2 of the video is not finite.*fp16.*LoRA.*model file"):
+        next(chunks)
+
+
 @pytest.mark.parametrize(("schedule_", "skipped"), [(MID, 2), (replace(MID, zero_steps=0), 1), (BASE, 0)])
 def test_steps_of_zero_flow_do_not_run(schedule_, skipped):
     """CFG-Zero* leaves the first steps out, and only there is the network not asked."""
