@@ -269,13 +269,16 @@ def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch)
 
     said = []
     monkeypatch.setattr(loaders, "find_folder", lambda name: official)
-    monkeypatch.setattr(loaders, "warn", lambda message, node_id=None: said.append(message))
+    monkeypatch.setattr("comfyui_helios.nodes.host.progress.tell", lambda text, node_id: said.append(text))
     node = type("Node", (HeliosDiffusersLoader,), {"hidden": SimpleNamespace(unique_id=None)})
     assert isinstance(node.execute("x", "bf16", "leaf", 1, "host").result[0], OffloadPatcher)
     assert not said
     node.execute("x", "bf16", "leaf", 1, "disk")
     assert len(said) == 1 and "used in (bf16)" in said[0] and "--dtype bf16" in said[0]
     assert not isinstance(node.execute("x", "bf16").result[0], OffloadPatcher)
+    assert len(said) == 1
+    node.execute("x", "bf16", "off", 1, "disk")
+    assert "does nothing while group_offload is off" in said[1]
 
 
 @pytest.mark.parametrize("wrong", [("blocks",), ("block", 0), ("leaf", 1, "ram")], ids=str)
