@@ -59,7 +59,7 @@ demo: $(ENVIRONMENT) $(HOST)
 	@$(PY) scripts/demo.py
 
 test: setup
-	@$(PY) scripts/run_tests.py core host server
+	@$(PY) scripts/run_tests.py
 
 test-core: $(ENVIRONMENT)
 	@$(PY) scripts/run_tests.py core
