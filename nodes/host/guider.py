@@ -42,7 +42,8 @@ class HeliosGuider(comfy.samplers.CFGGuider):
     next chunk would follow on.
     """
 
-    conds: dict[str, list[dict[str, Any]]]  # by the host: processed, per prompt
+    original_conds: dict[str, list[dict[str, Any]]]  # by the host: as they were set, per prompt
+    conds: dict[str, list[dict[str, Any]]]  # by the host: processed
     loaded_models: list[Any]  # by the host: what it has loaded beside the model
     on_chunk: Callable[[Chunk], None]
     on_step: Callable[[], None]
