@@ -21,7 +21,7 @@ ENVIRONMENT := $(VENV)/.installed
 PY := $(VENV)/bin/python
 BIN := $(VENV)/bin
 
-.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-server test-gpu bench-memory bench-memory-gpu pictures soak lint format clean
+.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -67,8 +67,8 @@ test-core: $(ENVIRONMENT)
 test-host: $(ENVIRONMENT) $(HOST)
 	@$(PY) scripts/run_tests.py host
 
-test-server: setup
-	@$(PY) scripts/run_tests.py server
+test-%: setup  # any other folder of tests/
+	@$(PY) scripts/run_tests.py $*
 
 soak: $(ENVIRONMENT) $(HOST)
 	HELIOS_KILLS=$(KILLS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_stream.py -k killed
