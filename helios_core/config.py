@@ -12,9 +12,9 @@ Variant = Literal["base", "mid", "distilled"]
 
 LATENT_CHANNELS = 16
 CHUNK_LATENTS = 9  # latent frames that are denoised together
-PATCH = 2  # a token covers 1 x 2 x 2 latents
 CHUNK_FRAMES = 33  # pixel frames they decode to: (9 - 1) * 4 + 1
 SPATIAL_SCALE = 8  # pixels a latent, in height and width
+PATCH = 2  # latents a token, in height and width; in time 1
 HISTORY_SIZES = (16, 2, 1)  # latent frames of long, mid and short history
 FRAME_RATE = 24
 NATIVE_HEIGHT, NATIVE_WIDTH = 384, 640  # the only size the weights were trained at

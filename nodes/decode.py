@@ -59,10 +59,10 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
                 *offload_inputs(DECODE_TOOLTIP),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="24 a second: connect `fps` too."),
+                io.Image.Output(display_name="images", tooltip="24 a second: connect `fps` to Create Video too."),
                 io.Float.Output(
                     display_name="fps",
-                    tooltip="24, at which the models make their frames. Connect it to Create Video, which says 30.",
+                    tooltip="24 frames a second, the models' own rate. Connect it to Create Video, which is set to 30.",
                 ),
             ],
         )
