@@ -118,6 +118,7 @@ def output(suite: str) -> Path:
 def main(names: Sequence[str]) -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the suites
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, and what it starts, would ignore it
     begin, statuses = time.monotonic(), dict[str, int]()
     try:
         for suites in plan(names):
