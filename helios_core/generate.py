@@ -120,7 +120,8 @@ def denoise_stage(
     predict_flow: PredictFlow, schedule: Schedule, stage: Stage, number: int, start: Tensor
 ) -> Iterator[Step]:
     """All steps of one pyramid level, from its starting point (B, 16, 9, h, w)."""
-    # In the pyramid the network knows whole timesteps only; the reference truncates.
+    # In the pyramid the network knows whole timesteps only; the reference truncates. None is so near a whole number
+    # that another processor's rounding would lift it over (test_numbers).
     timesteps = (stage.timesteps.trunc() if schedule.is_pyramid else stage.timesteps).tolist()
     sigmas = stage.sigmas.tolist()
     latents, state = start, None

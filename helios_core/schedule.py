@@ -1,4 +1,7 @@
-"""Sigmas and timesteps of the three variants. All of it is float64 on the CPU, and pure."""
+"""Sigmas and timesteps of the three variants. All of it is float64 on the CPU, and pure.
+
+And the same on every processor: IEEE rounds each operation here correctly, except for one `exp`.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 SIGMA_MAX = 0.999
 TRAIN_STEPS = 1000
+MU_MAX = 30.0  # of an exponential shift before UniPC: from 30.5 on it rounds a sigma of 0.999 to 1, without log-SNR
 GAMMA_MAX = 1 / 3  # of four values, no two can be correlated more negatively
 
 
@@ -105,6 +109,13 @@ class Schedule:
                 f"{width}x{height} is no size the {self.variant} schedule can make: width and height must be "
                 f"multiples of {multiple}. The nearest that works is {good[0]}x{good[1]}."
             )
+        tokens = stage_tokens(self, len(self.steps) - 1, height // SPATIAL_SCALE, width // SPATIAL_SCALE)
+        if (self.solver, self.time_shift) == ("unipc", "exponential") and dynamic_shift_mu(tokens, self) > MU_MAX:
+            raise ValueError(
+                f"{width}x{height} is too large for the {self.variant} schedule: its shift grows with the number of "
+                "pixels, until UniPC cannot tell its first step from pure noise. Choose a smaller size; the models "
+                "were trained at 640x384."
+            )
 
     def zero_flow(self, stage: int, step: int) -> bool:
         """Whether CFG-Zero* replaces the flow of this step by zeros."""
@@ -179,6 +190,13 @@ class Stage:
     renoise: tuple[float, float] | None  # (alpha, beta) on entry from the level below; None for the first stage
 
 
+def stage_tokens(schedule: Schedule, index: int, height: int, width: int) -> int:
+    """Tokens of a chunk that set a stage's shift; height and width are the latents' at full resolution."""
+    level = max(0, index - 1) if schedule.shift_level == "stage_below" else index
+    scale = 2 ** (len(schedule.steps) - 1 - level)
+    return CHUNK_LATENTS * (height // scale) * (width // scale) // (PATCH * PATCH)
+
+
 def dynamic_shift_mu(tokens: int, schedule: Schedule) -> float:
     """Linear in the number of tokens of the stage, and extrapolated beyond both ends."""
     (low, high), (mu_low, mu_high) = schedule.shift_tokens, schedule.shift_mu
@@ -196,12 +214,9 @@ def shift_time(sigmas: Tensor, kind: TimeShift | None, mu: float) -> Tensor:
 
 def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tuple[Stage, ...]:
     """Resolve a schedule for chunks of 9 latent frames; height and width are the latents' at full resolution."""
-    count = len(schedule.steps)
     result = []
     for index, steps in enumerate(schedule.steps):
-        level = max(0, index - 1) if schedule.shift_level == "stage_below" else index
-        scale = 2 ** (count - 1 - level)
-        tokens = CHUNK_LATENTS * (height // scale) * (width // scale) // (PATCH * PATCH)
+        tokens = stage_tokens(schedule, index, height, width)
         if schedule.solver == "dmd":
             # The distilled model was trained on grids of one step more, without the last but one sigma.
             amplified = schedule.amplify_first_chunk and first_chunk
@@ -261,6 +276,7 @@ def _timestep_range(schedule: Schedule, index: int) -> tuple[float, float]:
     first = sum(distances[:index]) / total
     last = sum(distances[: index + 1]) / total if index + 1 < count else 0.9999999999999999
 
+    # No boundary for a last bit to cross: of 1000 the published ranges take 256.07 and 614.84.
     timesteps = _global_sigmas() * TRAIN_STEPS
     high = min(float(timesteps[int(first * TRAIN_STEPS)]), 999.0)
     low = float(timesteps[min(int(last * TRAIN_STEPS), TRAIN_STEPS - 1)])
