@@ -12,7 +12,7 @@ from .config import CHUNK_LATENTS, SPATIAL_SCALE
 from .history import History, Memory
 from .pyramid import halve, renoise
 from .schedule import Schedule, Stage, stages
-from .solver import dmd_step, euler_step, to_x0, unipc_step
+from .solver import Point, dmd_step, euler_step, to_x0, unipc_step
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def denoise_stage(
     # In the pyramid the network knows whole timesteps only; the reference truncates.
     timesteps = (stage.timesteps.trunc() if schedule.is_pyramid else stage.timesteps).tolist()
     sigmas = stage.sigmas.tolist()
-    latents, state = start, None
+    latents = start
+    past: tuple[Point, ...] = ()  # of UniPC
     for i, (timestep, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
         flow = torch.zeros_like(latents) if schedule.zero_flow(number, i) else predict_flow(latents, timestep, sigma)
         if schedule.solver == "dmd":
@@ -118,6 +119,6 @@ def denoise_stage(
         elif schedule.solver == "euler":
             result = euler_step(latents, flow, sigma, sigma_next)
         else:
-            result, state = unipc_step(state, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
+            result, past = unipc_step(past, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
         yield Step(0, number, i, latents, flow, sigma, result)
         latents = result

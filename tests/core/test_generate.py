@@ -116,8 +116,8 @@ def cfg_zero_without_init(monkeypatch):
 
 
 def euler_for_unipc(monkeypatch):
-    def step(state, latents, flow, sigma, sigma_next, last):
-        return latents + (sigma_next - sigma) * flow, None
+    def step(past, latents, flow, sigma, sigma_next, last):
+        return latents + (sigma_next - sigma) * flow, past
 
     monkeypatch.setattr(loop, "unipc_step", step)
 
