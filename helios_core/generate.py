@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from .solver import Point, dmd_step, euler_step, to_x0, unipc_step
 class Step:
     """One step that was taken."""
 
-    chunk: int
-    stage: int
-    index: int  # in its stage
     latents: Tensor  # (B, 16, 9, h, w) that the network was given
     flow: Tensor
     sigma: float
@@ -98,7 +95,7 @@ def denoise_chunk(
         if stage.renoise:
             latents = renoise(latents, *stage.renoise, schedule.gamma, rng)
         for step in denoise_stage(predict_flow, schedule, stage, number, latents):
-            on_step(replace(step, chunk=index))
+            on_step(step)
             latents = step.result
     return latents
 
@@ -120,5 +117,5 @@ def denoise_stage(
             result = euler_step(latents, flow, sigma, sigma_next)
         else:
             result, past = unipc_step(past, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
-        yield Step(0, number, i, latents, flow, sigma, result)
+        yield Step(latents, flow, sigma, result)
         latents = result

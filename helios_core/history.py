@@ -46,11 +46,18 @@ class HistoryLayout:
 
     @property
     def indices(self) -> FrameIndices:
-        anchor = 1 if self.keep_first_frame else 0
-        numbers = iter(range(anchor + self.frames + self.chunk))
-        first = [next(numbers) for _ in range(anchor)]
-        long, mid, short, noisy = ([next(numbers) for _ in range(n)] for n in (*self.split, self.chunk))
-        return FrameIndices(tuple(long), tuple(mid), tuple(first + short), tuple(noisy))
+        """Counted through from the anchor, which is 0 and shown with the short history, to the noisy chunk."""
+        anchor = (0,) if self.keep_first_frame else ()
+        long, mid, short = self.split
+        mid_start = len(anchor) + long
+        short_start = mid_start + mid
+        noisy_start = short_start + short
+        return FrameIndices(
+            long=tuple(range(len(anchor), mid_start)),
+            mid=tuple(range(mid_start, short_start)),
+            short=(*anchor, *range(short_start, noisy_start)),
+            noisy=tuple(range(noisy_start, noisy_start + self.chunk)),
+        )
 
 
 @dataclass(frozen=True)

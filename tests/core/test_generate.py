@@ -175,9 +175,9 @@ def test_chunks_come_as_soon_as_they_are_made(models):
     )
     with torch.no_grad():
         next(chunks)
-        assert [step.chunk for step in steps] == [0] * 12  # amplified
+        assert [step.latents.shape[-1] for step in steps] == [2] * 4 + [4] * 4 + [8] * 4  # amplified
         next(chunks)
-    assert [(step.stage, step.index) for step in steps[12:]] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [step.latents.shape[-1] for step in steps[12:]] == [2, 2, 4, 4, 8, 8]
 
 
 @pytest.mark.parametrize(("schedule_", "skipped"), [(MID, 2), (replace(MID, zero_steps=0), 1), (BASE, 0)])
