@@ -69,6 +69,10 @@ class History:
     short: Tensor  # (B, 16, 2, H, W): anchor and last frame
     indices: FrameIndices
 
+    def to(self, dtype: torch.dtype) -> History:
+        """The same history in another dtype: the network's."""
+        return replace(self, long=self.long.to(dtype), mid=self.mid.to(dtype), short=self.short.to(dtype))
+
 
 def keep_last(latents: Tensor, frames: int) -> Tensor:
     """The last latent frames of (B, 16, T, H, W), with zeros before them if there are not as many."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import CHUNK_LATENTS, SPATIAL_SCALE, Variant
 from .drift import AntiDrift
+from .guidance import cfg, cfg_zero_star
 
 Solver = Literal["unipc", "euler", "dmd"]
 Guidance = Literal["cfg", "cfg_zero_star"]
@@ -106,6 +107,11 @@ class Schedule:
                 f"{width}x{height} is no size the {self.variant} schedule can make: width and height must be "
                 f"multiples of {multiple}. The nearest that works is {good[0]}x{good[1]}."
             )
+
+    def guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """The guided flow from the flows of both prompts, (B, 16, 9, h, w)."""
+        rule = cfg_zero_star if self.guidance == "cfg_zero_star" else cfg
+        return rule(cond, uncond, self.guidance_scale)
 
     def zero_flow(self, stage: int, step: int) -> bool:
         """Whether CFG-Zero* replaces the flow of this step by zeros."""
