@@ -1,12 +1,12 @@
-"""A video's latents without ComfyUI: python examples/generate.py REPOSITORY PROMPT.safetensors OUT.safetensors
+"""A video's latents without ComfyUI: python examples/generate.py REPOSITORY PROMPT.npy OUT.npy
 
-PROMPT holds a tensor "positive" (1, 512, 4096), as UMT5-XXL encodes a prompt; `pip install '.[core]'` is all it needs.
+PROMPT is (1, 512, 4096), as UMT5-XXL encodes it. `pip install '.[core]'` is all this needs.
 """
 
 import sys
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from helios_core.generate import generate
 from helios_core.history import Memory
@@ -19,9 +19,9 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 with torch.inference_mode():
     transformer = load_transformer(repository).to(device)
-    bind = bind_transformer(transformer, DISTILLED, load_file(prompt, device)["positive"])
+    bind = bind_transformer(transformer, DISTILLED, torch.from_numpy(np.load(prompt)).to(device))
     memory = Memory.empty(batch=1, height=384 // 8, width=640 // 8).to(device)
     rng = torch.Generator().manual_seed(0)
     chunks = [chunk.latents.cpu() for chunk in generate(bind, DISTILLED, memory, chunks=8, rng=rng)]
 
-save_file({"latents": torch.cat(chunks, dim=2)}, out)  # normalised; decode each nine latent frames on their own
+np.save(out, torch.cat(chunks, dim=2).numpy())  # normalised; a VAE decodes each nine latent frames on their own
