@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,16 +12,13 @@ from .config import CHUNK_LATENTS, SPATIAL_SCALE
 from .history import History, Memory
 from .pyramid import halve, renoise
 from .schedule import Schedule, Stage, stages
-from .solver import dmd_step, euler_step, to_x0, unipc_step
+from .solver import Point, dmd_step, euler_step, to_x0, unipc_step
 
 
 @dataclass(frozen=True)
 class Step:
     """One step that was taken."""
 
-    chunk: int
-    stage: int
-    index: int  # in its stage
     latents: Tensor  # (B, 16, 9, h, w) that the network was given
     flow: Tensor
     sigma: float
@@ -111,7 +108,7 @@ def denoise_chunk(
         if stage.renoise:
             latents = renoise(latents, *stage.renoise, schedule.gamma, rng)
         for step in denoise_stage(predict_flow, schedule, stage, number, latents):
-            on_step(replace(step, chunk=index))
+            on_step(step)
             latents = step.result
     return latents
 
@@ -124,7 +121,8 @@ def denoise_stage(
     # that another processor's rounding would lift it over (test_numbers).
     timesteps = (stage.timesteps.trunc() if schedule.is_pyramid else stage.timesteps).tolist()
     sigmas = stage.sigmas.tolist()
-    latents, state = start, None
+    latents = start
+    past: tuple[Point, ...] = ()  # of UniPC
     for i, (timestep, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
         flow = torch.zeros_like(latents) if schedule.zero_flow(number, i) else predict_flow(latents, timestep, sigma)
         if schedule.solver == "dmd":
@@ -132,6 +130,6 @@ def denoise_stage(
         elif schedule.solver == "euler":
             result = euler_step(latents, flow, sigma, sigma_next)
         else:
-            result, state = unipc_step(state, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
-        yield Step(0, number, i, latents, flow, sigma, result)
+            result, past = unipc_step(past, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
+        yield Step(latents, flow, sigma, result)
         latents = result

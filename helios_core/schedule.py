@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import CHUNK_LATENTS, PATCH, SPATIAL_SCALE, Variant
 from .drift import AntiDrift
+from .guidance import cfg, cfg_zero_star
 
 Solver = Literal["unipc", "euler", "dmd"]
 Guidance = Literal["cfg", "cfg_zero_star"]
@@ -116,6 +117,11 @@ class Schedule:
                 "pixels, until UniPC cannot tell its first step from pure noise. Choose a smaller size; the models "
                 "were trained at 640x384."
             )
+
+    def guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
+        """The guided flow from the flows of both prompts, (B, 16, 9, h, w)."""
+        rule = cfg_zero_star if self.guidance == "cfg_zero_star" else cfg
+        return rule(cond, uncond, self.guidance_scale)
 
     def zero_flow(self, stage: int, step: int) -> bool:
         """Whether CFG-Zero* replaces the flow of this step by zeros."""

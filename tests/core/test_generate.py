@@ -116,8 +116,8 @@ def cfg_zero_without_init(monkeypatch):
 
 
 def euler_for_unipc(monkeypatch):
-    def step(state, latents, flow, sigma, sigma_next, last):
-        return latents + (sigma_next - sigma) * flow, None
+    def step(past, latents, flow, sigma, sigma_next, last):
+        return latents + (sigma_next - sigma) * flow, past
 
     monkeypatch.setattr(loop, "unipc_step", step)
 
@@ -175,9 +175,9 @@ def test_chunks_come_as_soon_as_they_are_made(models):
     )
     with torch.no_grad():
         next(chunks)
-        assert [step.chunk for step in steps] == [0] * 12  # amplified
+        assert [step.latents.shape[-1] for step in steps] == [2] * 4 + [4] * 4 + [8] * 4  # amplified
         next(chunks)
-    assert [(step.stage, step.index) for step in steps[12:]] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [step.latents.shape[-1] for step in steps[12:]] == [2, 2, 4, 4, 8, 8]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

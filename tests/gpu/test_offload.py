@@ -17,7 +17,7 @@ def test_on_cuda(level, gather):
     with Offloader(holder, "cuda", level=level, gather=gather) as offloader:
         for _ in range(3):
             streamed = holder.net(x)
-        assert offloader.report().pinned == (12 * offloader.buffer_size if gather else 0)
+        assert offloader.pinned == (12 * offloader.buffer_size if gather else 0)
     assert torch.equal(streamed, holder.net.cuda()(x))
 
 

@@ -70,9 +70,8 @@ def test_same_latents(folder, expected, how):
     for _ in range(2):
         assert torch.equal(sample(model, QUICK, chunks=2)["samples"], expected)
         assert not hooked(model.model)
-    report = model.offloader.report()
-    assert report.moved > 2 * sum(p.numel() * 4 for p in model.model.diffusion_model.blocks.parameters())
-    assert report.buffers == 0  # released
+    assert model.offloader.moved > 2 * sum(p.numel() * 4 for p in model.model.diffusion_model.blocks.parameters())
+    assert model.offloader.used == 0 and not model.offloader.resident  # released
     assert model.loaded_size() == 0
 
 
@@ -105,7 +104,7 @@ def test_the_host_is_told_what_it_takes(folder):
     largest = max(p.numel() * 4 for p in model.model.parameters())
     assert model.model_size() == pytest.approx(2 * largest, rel=0.05)
     comfy.model_management.load_models_gpu([model])
-    assert model.loaded_size() == model.model_size() == model.offloader.report().kept + model.offloader.report().buffers
+    assert model.loaded_size() == model.model_size() == model.offloader.device_size
     assert model.partially_unload(None, 1) == 0 and hooked(model.model)
     comfy.model_management.unload_all_models()
     assert model.loaded_size() == 0 and not hooked(model.model)
