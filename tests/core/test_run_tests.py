@@ -35,10 +35,10 @@ import os, subprocess, sys, time
 from pathlib import Path
 
 def test_waits():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     (Path(__file__).parents[1] / "NAME.pid").write_text(f"{os.getpid()} {child.pid}")
     try:
-        time.sleep(300)
+        time.sleep(100)
     finally:
         child.kill()
         child.wait()
@@ -56,21 +56,32 @@ def checkout(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def begin(checkout):
+    """Start the runner."""
+    processes = []
+
+    def begin():
+        command = [sys.executable, checkout / "scripts" / "run_tests.py"]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
 def add(checkout, suite, text):
     (checkout / "tests" / suite).mkdir()
     (checkout / "tests" / suite / f"test_{suite}.py").write_text(text)
 
 
-def begin(checkout):
-    command = [sys.executable, checkout / "scripts" / "run_tests.py"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_suites_run_side_by_side_and_are_shown_one_after_the_other(checkout):
+def test_two_suites_run_side_by_side_and_are_shown_one_after_the_other(checkout, begin):
     for name, other in (("core", "host"), ("host", "core")):
         add(checkout, name, MEETING.replace("NAME", name).replace("OTHER", other))
     add(checkout, "server", "def test_fails(): assert False\ndef test_passes(): pass")
-    process = begin(checkout)
+    process = begin()
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     shown = [words.split() for words in re.findall(r"(?:core|host) \d+", said)]
@@ -91,10 +102,10 @@ def test_all_suites_that_are_there_run_or_those_that_are_named(checkout):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_ended_it_ends_all_suites_in_order(checkout, how):
+def test_ended_it_ends_all_suites_in_order(checkout, begin, how):
     for suite in ("core", "host"):
         add(checkout, suite, WAITING.replace("NAME", suite))
-    process = begin(checkout)
+    process = begin()
     files = [checkout / "tests" / f"{suite}.pid" for suite in ("core", "host")]
     end = time.monotonic() + 60
     while not all(file.exists() and file.read_text() for file in files):
