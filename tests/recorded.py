@@ -106,7 +106,7 @@ def schedule_numbers(height: int, width: int) -> dict[str, Tensor]:
 
 
 def rope_numbers(height: int, width: int) -> dict[str, Tensor]:
-    """Sixteen tokens of each table, the first and the last among them, of the model's own width (all variants')."""
+    """Sixteen tokens of each table, from the first to the last: of the 14B model, alike in all variants."""
     config, indices = TransformerConfig(), HistoryLayout().indices
     rows, columns = height // SPATIAL_SCALE // 2, width // SPATIAL_SCALE // 2
     parts = {
@@ -151,7 +151,7 @@ def run_numbers(variant: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
     image, still, video = (values[name] for name in ("image", "still", "video"))
     for kind, source in (("image", ImageHistory(image, still)), ("video", VideoHistory(image, video))):
         chunks[kind] = chunk(HistorySeed(source), torch.Generator().manual_seed(SEED))
-    numbers = {f"run.{variant}.{kind}": chunk.latents.contiguous() for kind, chunk in chunks.items()}
+    numbers = {f"run.{variant}.{kind}": made.latents.contiguous() for kind, made in chunks.items()}
     return numbers | {f"asked.{variant}": torch.tensor(asked, dtype=torch.float64)}
 
 
