@@ -41,9 +41,7 @@ class HeliosTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self._rope_tables: dict[
-            tuple, Tensor
-        ] = {}  # the oldest first; no buffers, which a checkpoint would have to hold
+        self._rope_tables: dict[tuple, Tensor] = {}  # by what they were asked with, the oldest first
         build = Builder(operations, dtype, device)
         width, channels = config.inner_dim, config.in_channels
         self.patch_embedding = build.patch_embedding(channels, width, self.kernel(1))
@@ -144,9 +142,8 @@ class HeliosTransformer(nn.Module):
         if asked not in self._rope_tables:
             if len(self._rope_tables) == KEPT_ROPE_TABLES:
                 del self._rope_tables[next(iter(self._rope_tables))]
-            with torch.inference_mode(
-                False
-            ):  # whatever mode asks first: an inference tensor would not serve all others
+            # Whatever mode asks first: an inference tensor would not serve all others.
+            with torch.inference_mode(False):
                 self._rope_tables[asked] = rope_table(*asked)
         return self._rope_tables[asked]
 
