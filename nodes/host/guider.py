@@ -112,6 +112,9 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.conds = comfy.samplers.process_conds(
             self.inner_model, noise, self.conds, device, latent_image, denoise_mask, seed, **newer
         )
+        for cond in (cond for conds in self.conds.values() for cond in conds if TRACK_KEY not in cond):
+            # Up once: the host would send it to the device with every step.
+            cond["model_conds"]["c_crossattn"] = comfy.conds.CONDCrossAttn(cond["cross_attn"].to(device))
         self.options = comfy.model_patcher.create_model_options_clone(self.model_options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
 
@@ -186,19 +189,20 @@ class HeliosGuider(comfy.samplers.CFGGuider):
     def bind_chunk(self, index: int, history: History) -> PredictFlow:
         """Predict with this history and the chunk's prompt: the host's conds, with these in their model_conds."""
         extra = history_conds(history, self.memory.layout)
+        prompts = {}  # where they lie in memory: comparing them on the device would wait for it
 
         def with_chunk(cond: dict[str, Any]) -> dict[str, Any]:
             model_conds = {**cond["model_conds"], **extra}
+            prompts[cond["uuid"]] = cond["cross_attn"]
             if TRACK_KEY in cond:
-                prompt = cond[TRACK_KEY].at(index - self.first_index)
-                model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(prompt)
+                prompts[cond["uuid"]] = prompt = cond[TRACK_KEY].at(index - self.first_index)
+                model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(prompt.to(history.short.device))
             return {**cond, "model_conds": model_conds}
 
         self.chunk_conds = {name: [with_chunk(cond) for cond in conds] for name, conds in self.conds.items()}
 
         if self.cache is not None:
-            conds = [cond for group in self.chunk_conds.values() for cond in group]
-            self.cache.start_chunk({cond["uuid"]: cond["model_conds"]["c_crossattn"].cond for cond in conds})
+            self.cache.start_chunk(prompts)
         self.restart_trajectory()
         sampling: FlowSampling = self.inner_model.model_sampling
 
