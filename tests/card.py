@@ -243,8 +243,7 @@ def watch_dtypes(network: nn.Module, dtype: torch.dtype) -> None:
 def check_step(step: Step) -> None:
     """Raise AssertionError unless all tensors of a step are float32 on the card."""
     for name in ("latents", "flow", "result"):
-        of = f"{name} of step {step.index}, stage {step.stage}, chunk {step.chunk}"
-        check_tensor(f"{of} is", getattr(step, name), torch.float32)
+        check_tensor(f"{name} of the step at sigma {step.sigma:.4g} is", getattr(step, name), torch.float32)
 
 
 def check_tensor(what: str, x: Tensor, dtype: torch.dtype) -> None:

@@ -73,6 +73,7 @@ def crossings(schedule, chunks=CHUNKS):
         "up: generate": chunks,  # noise
         **({"up: renoise": chunks * (stages - 1)} if stages > 1 else {}),
         "up: rope_table": 3 + stages,  # the frames' numbers, for each part of the history and each size of a chunk
+        "wait: check_finite": chunks,
     }
 
 
@@ -159,7 +160,7 @@ MISTAKES = {
     ),
     "latents in half precision": (
         (loop, "dmd_step", half(loop.dmd_step)),
-        ("result of step 0, stage 0, chunk 0 is (1, 16, 9, 2, 2) torch.bfloat16 on cuda:0; expected torch.float32",),
+        ("result of the step at sigma 0.9978 is (1, 16, 9, 2, 2) torch.bfloat16 on cuda:0; expected torch.float32",),
     ),
     "time embedding in half precision": (
         (layers.TimestepEmbedding, "forward", half(layers.TimestepEmbedding.forward)),

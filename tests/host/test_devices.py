@@ -141,6 +141,7 @@ def crossings(schedule, anchored=False, prompts=2):
         "up: generate": CHUNKS,  # each chunk's noise: from the CPU, so that a seed is the same everywhere
         **renoise,  # each stage's
         "up: rope_table": 3 + stages,  # the frames' numbers, once a model
+        "wait: check_finite": CHUNKS,
         "down: to_vae_space": CHUNKS,  # finished chunks
         "down: Memory.to": 2,  # history and anchor at the end
     }
