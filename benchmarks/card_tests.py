@@ -14,7 +14,10 @@ class FailedTests(RuntimeError):
 
 
 def run(name: str, emit: Callable[[Row], None]) -> None:
-    """Run tests/gpu/test_`name`.py. Raises FailedTests after the last test, and MissingError where the whole file is skipped."""
+    """Run tests/gpu/test_`name`.py.
+
+    Raises FailedTests after the last test, and MissingError where the whole file is skipped.
+    """
     require("pytest")
     import pytest
 

@@ -109,7 +109,7 @@ def rows(name: str, scratch: Path, tiny: bool) -> Iterator[Row]:
     if name == "attention":
         return attention.rows(shape)
     if name == "decoding":
-        chunk = random(1, LATENT_CHANNELS, CHUNK_LATENTS, *shape.latents).float()
+        chunk = random(1, LATENT_CHANNELS, CHUNK_LATENTS, *shape.decoded).float()
         return decode.on_card(shape.vae, chunk, shape.turns)
     if name in ("eager", "compiled"):
         return network_gpu.rows(shape, compiled=name == "compiled")

@@ -98,6 +98,7 @@ def chunks(network: HeliosTransformer, shape: Shape, suffix: str) -> Iterator[Ro
         decoder = decode.find(shape.vae, device()).to(torch.bfloat16)
     except MissingError as error:
         decoder = str(error)
+    height, width = shape.decoded
     for steps in ((1, 1, 1), (2, 2, 2)):
         schedule = replace(DISTILLED, steps=steps, amplify_first_chunk=False)
         name = "".join(map(str, steps)) + suffix
@@ -111,12 +112,12 @@ def chunks(network: HeliosTransformer, shape: Shape, suffix: str) -> Iterator[Ro
 
         def decoded(count: int, video: Callable = video, decoder: decode.Decoder = decoder) -> None:
             for latents in video(count):
-                decoder(latents.bfloat16())
+                decoder(latents[..., :height, :width].bfloat16())
 
         yield Row(
             f"first_chunk_{name}", median(partial(decoded, 1), shape.turns), None, "s", note="latency, VAE included"
         )
-        rate = 3 * CHUNK_FRAMES / median(partial(decoded, 3), shape.turns)
+        rate = shape.chunks * CHUNK_FRAMES / median(partial(decoded, shape.chunks), shape.turns)
         yield Row(f"fps_{name}", rate, None, "FPS", note=f"with the VAE of {decoder.label}, without the text encoder")
 
 
