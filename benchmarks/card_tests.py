@@ -29,7 +29,11 @@ def run(name: str, emit: Callable[[Row], None]) -> None:
     if status == pytest.ExitCode.NO_TESTS_COLLECTED and told.skipped:
         raise MissingError(told.skipped)
     if status != pytest.ExitCode.OK:
-        raise FailedTests(f"{told.failed} tests failed: the log says how" if told.failed else status.name)
+        raise FailedTests(
+            f"{told.failed} tests failed: the log says how"
+            if told.failed
+            else f"pytest ended with status {int(status)}"
+        )
 
 
 class Reporter:

@@ -143,7 +143,7 @@ class Peak:
 
 def machine() -> dict[str, Any]:
     """Where, with what and of which code the numbers were made. Leaves the GPU alone where nvidia-smi knows it."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "diffusers", "triton"):
         try:
             versions[package] = metadata.version(package)
@@ -171,7 +171,9 @@ def _card() -> tuple[str | None, str | None]:
     if not torch.cuda.is_available():
         return None, None
     said = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    name, _, driver = said.partition("\n")[0].rpartition(", ") if said else (torch.cuda.get_device_name(), "", None)
+    if said is None:
+        return torch.cuda.get_device_name(), None
+    name, _, driver = said.partition("\n")[0].rpartition(", ")
     return name, driver
 
 

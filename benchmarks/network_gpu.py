@@ -103,7 +103,7 @@ def chunks(network: HeliosTransformer, shape: Shape, suffix: str) -> Iterator[Ro
         schedule = replace(DISTILLED, steps=steps, amplify_first_chunk=False)
         name = "".join(map(str, steps)) + suffix
         video = partial(make, network, embeddings, schedule, shape.latents)
-        took = median(lambda video=video: next(video(1)), shape.turns)
+        took = median(partial(_first, video), shape.turns)
         yield Row(f"chunk_{name}", took, None, "s", note=f"{CHUNK_FRAMES / took:.2f} FPS without VAE")
         if isinstance(decoder, str):
             yield Row.open(f"first_chunk_{name}", decoder)
@@ -119,6 +119,10 @@ def chunks(network: HeliosTransformer, shape: Shape, suffix: str) -> Iterator[Ro
         )
         rate = shape.chunks * CHUNK_FRAMES / median(partial(decoded, shape.chunks), shape.turns)
         yield Row(f"fps_{name}", rate, None, "FPS", note=f"with the VAE of {decoder.label}, without the text encoder")
+
+
+def _first(video: Callable[[int], Iterator[Tensor]]) -> Tensor:
+    return next(video(1))
 
 
 def make(

@@ -18,9 +18,10 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from measure import Row
+if TYPE_CHECKING:  # it comes with torch, which running parts does without
+    from measure import Row
 
 MISSING = 77  # the exit status by which test tools say that they were skipped
 PATIENCE = 2  # a part may take this many times what it is expected to
@@ -115,9 +116,8 @@ def summarise(parts: Sequence[Part], folder: Path) -> str:
             state = STATES.get(content["state"], content["state"])
             lines.append(_line(content["part"], f"**{state}**", note=content["note"]))
         for row in content["rows"]:
-            numbers = [("open" if row["ours"] is None else f"{row['ours']:.4g}")]
-            numbers += ["" if row[key] is None else f"{row[key]:.4g}" for key in ("peer", "ratio")]
-            lines.append(_line(content["part"], row["name"], *numbers, row["unit"], note=row["note"]))
+            ours, peer, ratio = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("ours", "peer", "ratio"))
+            lines.append(_line(content["part"], row["name"], ours or "open", peer, ratio, row["unit"], row["note"]))
     text = "\n".join(lines) + "\n"
     _write(folder / "summary.json", {"parts": contents})
     (folder / "summary.md").write_text(text, encoding="utf-8")
