@@ -17,9 +17,12 @@ HOST := build/comfyui/.complete
 endif
 export BROWSER COMFYUI_PATH HELIOS_MODELS HELIOS_WORKFLOW
 
-ENVIRONMENT := $(VENV)/.installed
-PY := $(VENV)/bin/python
-BIN := $(VENV)/bin
+# A path may hold spaces: make wants them escaped in a target, the shell in quotes.
+space := $(subst ,, )
+escaped = $(subst $(space),\ ,$(1))
+ENVIRONMENT := $(call escaped,$(VENV))/.installed
+PY := "$(VENV)/bin/python"
+BIN := "$(VENV)/bin"
 
 .PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak lint format clean
 
@@ -44,16 +47,16 @@ help:
 	@echo "make gpu-summary  its table, from the files that are there"
 	@echo "make pictures     the workflows' pictures anew, from runs in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
-	@echo "make clean        remove the environment and everything that was built"
+	@echo "make clean        remove what was built, and the environment if make setup has made it"
 
 setup: $(ENVIRONMENT) $(HOST) browser
 
-$(ENVIRONMENT): requirements.txt tests/requirements/common.txt $(HOST_REQUIREMENTS) scripts/setup_env.sh
+$(ENVIRONMENT): requirements.txt tests/requirements/common.txt $(call escaped,$(HOST_REQUIREMENTS)) scripts/setup_env.sh
 	scripts/setup_env.sh "$(PYTHON)" "$(VENV)" "$(HOST_REQUIREMENTS)"
-	@touch $@
+	@touch "$@"
 
 build/comfyui/.complete: scripts/setup_host.sh | $(ENVIRONMENT)
-	scripts/setup_host.sh "$(PY)" build/comfyui
+	scripts/setup_host.sh $(PY) build/comfyui
 
 browser: $(ENVIRONMENT)
 ifneq ($(BROWSER),0)
@@ -83,7 +86,7 @@ bench: $(ENVIRONMENT) $(HOST)
 
 # Needs no environment of ours: any Python with PyTorch for the card. The three others are parts of it, run anew.
 PYTHON_GPU ?= $(PYTHON)
-GPU := $(PYTHON_GPU) benchmarks/gpu.py $(if $(TINY),--tiny) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
+GPU := "$(PYTHON_GPU)" benchmarks/gpu.py $(if $(TINY),--tiny) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
 .PHONY: gpu gpu-summary
 gpu:
 	@$(GPU) $(if $(FRESH),--fresh)
@@ -115,4 +118,5 @@ format: $(ENVIRONMENT)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache
+	@scripts/remove_env.sh "$(VENV)"
