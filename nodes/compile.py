@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .host.compat import advanced, schema
+from .host.widgets import checked
 
 BACKENDS = ("inductor", "cudagraphs")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -45,6 +46,7 @@ class HeliosCompile(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, backend="inductor", mode="default") -> io.NodeOutput:
         from .host.compile import compile_blocks  # torch's compiler takes seconds to import
 

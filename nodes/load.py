@@ -13,6 +13,7 @@ from .host.memory import WEIGHTS_IN, Offloading, offloading
 from .host.model import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
 from .host.official import find_folder, list_folders, read_schedule
 from .host.progress import clear_warning, warn
+from .host.widgets import checked
 from .offload import offload_inputs
 from .schedule import HeliosScheduleSocket
 
@@ -74,6 +75,7 @@ class HeliosModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
@@ -113,6 +115,7 @@ class HeliosDiffusersLoader(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, folder, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         path = find_folder(folder)

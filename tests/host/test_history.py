@@ -250,8 +250,8 @@ IMAGE, VIDEO = torch.rand(1, *SIZE, 3), torch.rand(33, *SIZE, 3)
         ({"video": VIDEO[:1], "vae": object()}, "single image to start_image"),
         ({"start_image": IMAGE * float("nan"), "vae": object()}, "NaN"),
         ({"image_sigma_min": 0.5}, "min 0.5 and max 0.135"),
-        ({"history_long": 0}, "numbers from 1"),
-        ({"frames": 0}, "at least 1 frame"),
+        ({"history_long": 0}, "whole number from 1 to 64"),
+        ({"frames": 0}, "`frames` is 0; expected a whole number from 1"),
     ],
 )
 def test_what_cannot_begin_a_video_is_refused_on_the_node(sources, message):
