@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..helios_core.quoting import quoted
 from .host.compat import advanced, schema
 from .host.widgets import checked
 
@@ -52,7 +53,8 @@ class HeliosCompile(io.ComfyNode):
 
         if backend not in BACKENDS or mode not in MODES:
             raise ValueError(
-                f"backend is {' or '.join(BACKENDS)} and mode one of {', '.join(MODES)}; got {backend!r} and {mode!r}."
+                f"backend must be {' or '.join(BACKENDS)} and mode one of {', '.join(MODES)}, "
+                f"got {quoted(backend)} and {quoted(mode)}."
             )
         return io.NodeOutput(compile_blocks(model, backend, mode, cls.hidden.unique_id))
 

@@ -52,7 +52,7 @@ def compile_blocks(patcher: Any, backend: str, mode: str, node_id: str | None) -
     if not isinstance(model, HeliosModel):
         raise ValueError(
             f"Helios Compile needs a Helios model, got {type(model).__name__}. "
-            "Connect Helios Model Loader or Helios Diffusers Loader, or take ComfyUI's own TorchCompileModel for others."
+            "Connect one of our loaders, or take ComfyUI's own TorchCompileModel for others."
         )
     notes = Notes(node_id)
     if reason := why_not(patcher.load_device, backend):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -53,7 +52,7 @@ def _expected(widget: Any, value: Any) -> str | None:
         fits = isinstance(value, Integral) and widget.min <= value <= widget.max
         return None if fits else f"a whole number from {widget.min} to {widget.max}"
     if isinstance(widget, io.Float.Input):
-        fits = isinstance(value, Real) and math.isfinite(value) and widget.min <= value <= widget.max
+        fits = isinstance(value, Real) and widget.min <= value <= widget.max
         return None if fits else f"a number from {widget.min:g} to {widget.max:g}"
     if isinstance(widget, io.Boolean.Input):
         return None if isinstance(value, Integral) else "true or false"

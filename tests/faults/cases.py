@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import shutil
 import signal
 import time
@@ -20,13 +21,16 @@ from safetensors import SafetensorError, safe_open
 from faults import mutations, world
 from faults.world import GOOD, SIZE, SPOILT, STREAM, WHOLE, Outcome
 
+short = reprlib.repr  # of a value of any depth
 OTHER_DTYPES = (torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 
 
 class Cases:
     """Everything that is good, to spoil from."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """say: is told what a case does before it does it, in case it never comes back."""
+        self.say = say
         results = {
             **{name: ("load", i) for i, name in enumerate(("model", "clip", "vae"))},
             **{name: ("begin", i) for i, name in enumerate(("positive", "negative", "latent"))},
@@ -39,7 +43,6 @@ class Cases:
         self.good = outcome.taken
         self.latents = self.good["previous"]["samples"].clone()
         self.stream_latents: torch.Tensor | None = None
-        self.said = ""  # what the running case has done
         self.families: dict[str, Callable[[Random], str | None]] = {
             "sockets": self.sockets,
             "files": self.files,
@@ -49,10 +52,13 @@ class Cases:
             "cancel": self.cancel,
         }
 
+    def family(self, number: int) -> str:
+        return list(self.families)[number % len(self.families)]
+
     def run(self, seed: str, number: int) -> str | None:
         """What is wrong with case `number`; None if nothing is."""
-        family = list(self.families)[number % len(self.families)]
-        self.said = family
+        family = self.family(number)
+        self.say(family)
         with world.watched_log() as log:
             wrong = self.families[family](Random(f"{seed}:{number}"))
         return wrong or log.found
@@ -81,11 +87,11 @@ class Cases:
         try:
             for _ in range(rng.choice((1, 1, 2))):
                 if rng.random() < 0.15:
-                    self.said += f"; {mutations.spoil_folder(rng, folder)}"
+                    self.say(f"{mutations.spoil_folder(rng, folder)}")
                     continue
                 files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 10**7)
                 file = rng.choice(files)
-                self.said += f"; {file.relative_to(folder)}: {mutations.spoil_file(rng, file)}"
+                self.say(f"{file.relative_to(folder)}: {mutations.spoil_file(rng, file)}")
             outcome = world.run(world.whole_graph(SPOILT), dict(WHOLE))
             return self.judge(outcome) or (self._refused_by_library(folder) if outcome.state == "success" else None)
         finally:
@@ -110,13 +116,13 @@ class Cases:
         name: Any = file.name
         try:
             if rng.random() < 0.5:
-                self.said += f"; {mutations.spoil_file(rng, file)}"
+                self.say(f"{mutations.spoil_file(rng, file)}")
             elif rng.random() < 0.5:
                 file.write_bytes(rng.choice((b"\xff\xfea\0", b"\0" * 100, b"a\n" * 10**6, b"\x1b[31m\n" * 9, b"\xc3")))
-                self.said += "; other contents"
+                self.say("other contents")
             else:
                 name = mutations.plain(rng)
-                self.said += f"; file {name!r:.100}"
+                self.say(f"file {short(name)}")
             graph = {
                 "read": {
                     "class_type": "HeliosPromptFromFile",
@@ -140,9 +146,9 @@ class Cases:
         if not names:
             return None
         name, value = rng.choice(sorted(names)), mutations.plain(rng)
-        self.said += f"; {node}.{name} = {value!r:.100}"
+        self.say(f"{node}.{name} = {short(value)}")
         if rng.random() < 0.5:
-            self.said += " over a link"
+            self.say("over a link")
             return self._node(rng, node, {name: value})
         return self._node(rng, node, {}, {name: {"__value__": value}})
 
@@ -151,7 +157,7 @@ class Cases:
         node = rng.choice([name for name in sorted(world.OUR_NODES) if self._sockets(name)])
         name = rng.choice(self._sockets(node))
         value, said = self._spoilt(rng, name)
-        self.said += f"; {node}.{name}: {said}"
+        self.say(f"{node}.{name}: {said}")
         return self._node(rng, node, {name: value})
 
     def _sockets(self, node: str) -> list[str]:
@@ -198,7 +204,7 @@ class Cases:
         kind = rng.randrange(4)
         if kind == 0:
             value = self._thing(rng)
-            return value, f"a {type(value).__name__} {value!r:.80}"
+            return value, f"a {type(value).__name__} {short(value)}"
         if kind == 1:
             other = rng.choice(sorted(self.good))
             return self.good[other], f"the good {other}"
@@ -257,7 +263,7 @@ class Cases:
             return good, "LATENT without samples"
         if what == 1:
             good["helios"] = self._thing(rng)
-            return good, f"LATENT with helios = {good['helios']!r:.60}"
+            return good, f"LATENT with helios = {short(good['helios'])}"
         if what == 2:
             good["helios"] = self.good["previous"]["helios"]
             return {**good, "samples": tensor}, f"LATENT of {said} with another's key"
@@ -316,7 +322,7 @@ class Cases:
         kept = Path(folder_paths.get_output_directory()) / "kept"
         saved = Path(folder_paths.get_output_directory()) / "helios_resume"
         if self.stream_latents is None:
-            self.said += "; the first time"
+            self.say("the first time")
             shutil.rmtree(saved, ignore_errors=True)
             outcome = world.run(world.streaming_graph(), dict(STREAM))
             if outcome.state != "success":
@@ -332,16 +338,16 @@ class Cases:
         what = rng.randrange(6)
         if what == 0:
             file.unlink()
-            self.said += f"; without {file.name}"
+            self.say(f"without {file.name}")
         elif what == 1:
             os.replace(files[0], files[1])
-            self.said += "; the first chunk as the second"
+            self.say("the first chunk as the second")
         elif what == 2:
             shutil.rmtree(run)
             run.write_bytes(b"x")
-            self.said += "; a file for the folder"
+            self.say("a file for the folder")
         else:
-            self.said += f"; {file.name}: {mutations.spoil_file(rng, file)}"
+            self.say(f"{file.name}: {mutations.spoil_file(rng, file)}")
         outcome = world.run(world.streaming_graph(), dict(STREAM))
         if outcome.state == "success" and not torch.equal(outcome.taken["latent"]["samples"], self.stream_latents):
             return "a resumed run gives other latents"
@@ -350,7 +356,7 @@ class Cases:
     def cancel(self, rng: Random) -> str | None:
         """Cancel at any moment of a long run; the watcher's limit is that of a hang."""
         after = rng.uniform(0.01, 1.0)
-        self.said += f" after {after:.2f} s"
+        self.say(f"after {after:.2f} s")
         graph = world.whole_graph(seed=rng.randrange(99))
         graph["begin"]["inputs"]["frames"] = 33 * 2000
         outcome = world.run(graph, dict(WHOLE), cancel_after=after)
@@ -360,8 +366,8 @@ class Cases:
 class Planted(Cases):
     """Faults on purpose, one of each kind, to see the watcher notice them."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(say)
         planted = (self.bare_error, self.hang, self.memory, self.death, self.other_latents, self.fine)
         self.families = {plant.__name__: plant for plant in planted}
 

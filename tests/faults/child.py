@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("good", type=Path, help="an official folder of tiny weights")
     parser.add_argument("--seed", required=True)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--family", help="only cases of this one")
     parser.add_argument("--planted", action="store_true")
     options = parser.parse_args()
 
@@ -33,9 +34,11 @@ def main() -> None:
     from faults import cases, world
 
     world.set_up(options.good)
-    made = cases.Planted() if options.planted else cases.Cases()
+    made = (cases.Planted if options.planted else cases.Cases)(lambda text: say(does=text))
     say(ready=True)
     for number in count(options.first):
+        if options.family not in (None, made.family(number)):
+            continue
         say(begin=number)
         try:
             wrong = made.run(options.seed, number)
@@ -43,7 +46,7 @@ def main() -> None:
             wrong = f"the case itself failed: {traceback.format_exc()}"
         if wrong is None and number % GOOD_GRAPH_EVERY == 0:
             wrong = made.good_graph()
-        say(end=number, what=made.said, wrong=wrong)
+        say(end=number, wrong=wrong)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from tiny import make_official_folder
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 SEED = os.environ.get("FUZZ_SEED", "helios")
+FAMILY = os.environ.get("FUZZ_FAMILY")  # such as sockets
 CASE = os.environ.get("FUZZ_CASE")  # one case of a seed again
 AGAIN = "FUZZ_SEED={} FUZZ_CASE={} make fuzz"
 
@@ -26,7 +27,7 @@ def test_every_fault_ends_in_a_sentence_or_a_right_result(good):
     if CASE:
         report = fuzz(good, SEED, 600, first=int(CASE), last=int(CASE))
     else:
-        report = fuzz(good, SEED, SECONDS)
+        report = fuzz(good, SEED, SECONDS, family=FAMILY)
     print(f"{report.cases} cases of seed {SEED!r}")
     faults = "\n".join(f"{fault}\n    again: {AGAIN.format(SEED, n)}" for n, fault in sorted(report.faults.items()))
     assert not report.faults, f"{len(report.faults)} of {report.cases} cases:\n{faults}"

@@ -18,12 +18,12 @@ RAW = re.compile(
             r"\w+Error\b|\bError:",  # KeyError('x'), RuntimeError: ...
             r"\[Errno",
             r"\bindex out of range|indices must be|object is not|object has no|has no attribute|not subscriptable",
-            r"unsupported operand|NoneType|division by zero|takes \d+ positional|unexpected keyword|unhashable",
+            r"unsupported operand|'NoneType'|division by zero|takes \d+ positional|unexpected keyword|unhashable",
             r"not supported between|invalid literal|could not convert|cannot convert|argument of type|must be real",
             r"size mismatch|shapes? cannot|shape '\[|sizes? of tensor|mat1 and mat2|invalid for input|dimension",
             r"expected \w+ type|not implemented for|enforce fail|DefaultCPUAllocator|create a primitive",
             r"avcodec|libx264|Invalid argument|0x[0-9a-f]{6,}|<[\w.]+ object at|Traceback",
-            r"codec can't|surrogates not allowed|not enough values|too many values|maximum recursion",
+            r"surrogates not allowed|not enough values|too many values|maximum recursion",
         )
     )
 )

@@ -37,6 +37,7 @@ def fuzz(
     *,
     first: int = 0,
     last: float = math.inf,
+    family: str | None = None,
     planted: bool = False,
     hang: float = HANG,
 ) -> Report:
@@ -44,7 +45,7 @@ def fuzz(
     report = Report()
     end = math.inf
     while time.monotonic() < end and first <= last:
-        child = _Child(good, seed, first, planted)
+        child = _Child(good, seed, first, family, planted)
         try:
             child.next(START)  # ready
             end = min(end, time.monotonic() + seconds)
@@ -52,13 +53,12 @@ def fuzz(
                 number = child.next(hang)["begin"]
                 first = number + 1
                 report.cases += 1
-                said = child.next(hang)
-                if said["wrong"]:
-                    report.faults[number] = f"{said['what']}: {said['wrong']}"
+                if wrong := child.next(hang)["wrong"]:
+                    report.faults[number] = f"{child.does}: {wrong}"
         except _Trouble as trouble:
             if child.at is None:
                 raise RuntimeError(f"The child did not start: {trouble}\n{child.log()}") from None
-            report.faults[child.at] = f"{trouble}\n{child.log()}"
+            report.faults[child.at] = f"{child.does}: {trouble}\n{child.log()}"
         finally:
             child.stop()
     return report
@@ -69,13 +69,14 @@ class _Trouble(Exception):
 
 
 class _Child:
-    def __init__(self, good: Path, seed: str, first: int, planted: bool):
+    def __init__(self, good: Path, seed: str, first: int, family: str | None, planted: bool):
         self.at: int | None = None  # the case that runs
+        self.does = ""  # what it does
         self.before = 0  # bytes, at its beginning
         self.files = tempfile.TemporaryDirectory(prefix="helios-faults-")
         self.errors = (Path(self.files.name) / "log").open("w+b")
         command = [sys.executable, "-m", "faults.child", str(good), "--seed", seed, "--first", str(first)]
-        command += ["--planted"] * planted
+        command += ["--planted"] * planted + (["--family", family] if family else [])
         env = {**os.environ, "PYTHONPATH": str(TESTS), "TMPDIR": self.files.name, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors
@@ -105,8 +106,11 @@ class _Child:
         if not line:
             raise _Trouble(f"the process ends with {self.process.wait()}")
         said: dict[str, Any] = json.loads(line)
+        if "does" in said:
+            self.does += f"{said['does']}; "
+            return self.next(limit)
         if "begin" in said:
-            self.at, self.before = said["begin"], self._memory()
+            self.at, self.does, self.before = said["begin"], "", self._memory()
         return said
 
     def _memory(self) -> int:

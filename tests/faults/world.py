@@ -232,6 +232,8 @@ class UnprintableLog(logging.Handler):
     found: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith("  - "):  # of the host's own check, about what is typed in
+            return
         try:
             self.format(record).encode()
         except UnicodeEncodeError:
