@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import compile, decode, history, load, prompts, sample, schedule, stream, text
+from .host.guard import guarded
 
 
 class HeliosExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         modules = (load, compile, text, prompts, history, schedule, sample, decode, stream)
-        return [node for module in modules for node in module.NODES]
+        return [guarded(node) for module in modules for node in module.NODES]

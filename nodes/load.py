@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from .host.compat import advanced, schema
 from .host.folder import load_text_encoder, load_vae
+from .host.guard import listable
 from .host.memory import WEIGHTS_IN, Offloading, offloading
 from .host.model import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
 from .host.official import find_folder, list_folders, read_schedule
@@ -63,7 +64,7 @@ class HeliosModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=listable(folder_paths.get_filename_list("diffusion_models")),
                     tooltip="A file made by scripts/convert_checkpoint.py, or any single-file Helios transformer.",
                 ),
                 dtype_input(),

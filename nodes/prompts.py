@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ from ..helios_core.video import PromptTrack
 from .host.compat import schema
 from .host.conditioning import check_conditioning
 from .host.memory import offloaded_clip, offloading
-from .host.progress import tell
+from .host.progress import Notes, tell
 from .host.prompts import INCREMENT, find_track, fingerprint, read_prompts, set_track, text_files
 from .host.text import encode_prompt
 from .host.widgets import checked
@@ -100,11 +101,16 @@ class HeliosPromptSchedule(io.ComfyNode):
         texts, lengths = zip(*_used_slots(slots), strict=True)
         chunks = earlier.chunks + tuple(_whole_chunks(length, unit) for length in lengths)
         track = PromptTrack((), chunks, blend)  # refuses lengths before the text encoder is loaded
+        names = [*(f"Prompt {number}" for number in range(1, len(texts) + 1)), "The negative prompt"]
+        notes = Notes(cls.hidden.unique_id)
         with offloaded_clip(clip, offloading(group_offload, blocks_per_group, "disk")) as encoder:
-            *encoded, unwanted = [encode_prompt(encoder, text) for text in (*texts, negative)]
+            *encoded, unwanted = [
+                encode_prompt(encoder, text, name, notes.warn)
+                for name, text in zip(names, (*texts, negative), strict=True)
+            ]
         track = replace(track, embeddings=earlier.embeddings + tuple(entries[0][0] for entries in encoded))
         summary = _summary(chunks)
-        tell(summary, cls.hidden.unique_id)
+        notes.inform(summary)
         return io.NodeOutput(
             set_track(before or encoded[0], track),
             unwanted,
@@ -217,11 +223,11 @@ class HeliosPromptFromFile(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file) -> bool | str:
+    async def validate_inputs(cls, file) -> bool | str:
         if file is None:  # linked, not known yet
             return True
         try:
-            read_prompts(file)
+            await asyncio.to_thread(read_prompts, file)  # the host's event loop serves everybody
         except ValueError as error:
             return str(error)
         return True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import InputImpl, io
+from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, SPATIAL_SCALE
 from .decode import frame_inputs
@@ -13,11 +14,11 @@ from .host.compat import advanced, schema
 from .host.decode import shown_frames
 from .host.memory import GROUP_OFFLOAD, offloaded_vae, offloading
 from .host.progress import Notes
-from .host.resume import FOLDER, KEPT_RUNS
+from .host.run_folder import FOLDER, KEPT_RUNS
 from .host.start import prepare, sampled, variant_warning
 from .host.stream import VideoWriter, pick_up, stream
 from .host.vae import check_vae
-from .host.video_file import BIT_DEPTHS, check_target
+from .host.video_file import BIT_DEPTHS, check_target, finished_video
 from .host.widgets import checked
 from .offload import DECODE_TOOLTIP
 from .sample import model_inputs, seed_input, seed_mode_input
@@ -133,12 +134,11 @@ class HeliosStreamVideo(io.ComfyNode):
         notes = Notes(cls.hidden.unique_id)
         if warning := variant_warning(model, schedule):
             notes.warn(warning)
-        saved = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else None
-        with offloaded_vae(vae, how) as decoder:
+        picked_up = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else nullcontext()
+        with picked_up as saved, offloaded_vae(vae, how) as decoder:
             writer = VideoWriter(decoder, guider.chunk_shape[0], shown, fps, crf, bit_depth)
             files, tail = stream(guider, writer, overlap_decode == "auto", saved)
-        videos = [InputImpl.VideoFromFile(str(file)) for file in files]
-        return io.NodeOutput(videos, sampled(tail, CHUNK_FRAMES, guider))
+        return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))
 
 
 NODES = [HeliosStreamVideo]

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from .host.compat import schema
 from .host.memory import offloaded_clip, offloading
+from .host.progress import Notes
 from .host.text import encode_prompt
 from .host.widgets import checked
 from .offload import offload_inputs
@@ -60,6 +61,7 @@ class HeliosTextEncode(io.ComfyNode):
                 io.Conditioning.Output(display_name="positive"),
                 io.Conditioning.Output(display_name="negative"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -67,8 +69,12 @@ class HeliosTextEncode(io.ComfyNode):
     def execute(
         cls, clip: Any, positive: str, negative: str, group_offload: str = "off", blocks_per_group: int = 1
     ) -> io.NodeOutput:
+        notes = Notes(cls.hidden.unique_id)
         with offloaded_clip(clip, offloading(group_offload, blocks_per_group, "disk")) as encoder:
-            return io.NodeOutput(encode_prompt(encoder, positive), encode_prompt(encoder, negative))
+            return io.NodeOutput(
+                encode_prompt(encoder, positive, "The positive prompt", notes.warn),
+                encode_prompt(encoder, negative, "The negative prompt", notes.warn),
+            )
 
 
 NODES = [HeliosTextEncode]

@@ -16,9 +16,9 @@ def conditioning(embedding, **values):
     return [[embedding, values]]
 
 
-def run_node(node, *args, **kwargs):
-    """As the host runs it, on no node of a page."""
-    return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=None)}).execute(*args, **kwargs)
+def run_node(node, *args, unique_id=None, **kwargs):
+    """As the host runs it, on this node of a page, or on none."""
+    return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=unique_id)}).execute(*args, **kwargs)
 
 
 def sample(model, schedule, size=(64, 64), chunks=1, seed=SEED, positive=None, negative=None, batch=1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from ...helios_core.offload import KEEP_BELOW, Level, Offloader
 from ...helios_core.quoting import quoted
+from .guard import printable_log
 
-log = logging.getLogger(__name__)
+log = printable_log(__name__)
 
 GroupOffload = Literal["off", "block", "leaf"]
 WeightsIn = Literal["host", "disk"]

@@ -11,13 +11,16 @@ import folder_paths
 
 from ...helios_core.checkpoint import read_variant
 from ...helios_core.schedule import PRESETS, Schedule, schedule_from_config
+from .guard import listable
 
 DEPTH = 3  # <user>/<repository>, and one level for people who sort their models
 
 
 def list_folders() -> list[str]:
     """Names, relative to models/diffusers, of the folders that hold a `transformer/config.json`."""
-    return sorted(_folders(), key=lambda name: ("distilled" not in name.lower(), name))  # the first is the default
+    return sorted(
+        listable(_folders()), key=lambda name: ("distilled" not in name.lower(), name)
+    )  # the first is the default
 
 
 def find_folder(name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import html
 import sys
 from typing import Any
 
@@ -11,8 +11,10 @@ import comfy.utils
 import latent_preview
 
 from ...helios_core.generate import Step
+from ...helios_core.quoting import printable
+from .guard import printable_log
 
-log = logging.getLogger(__name__)
+log = printable_log(__name__)
 
 
 class SamplingProgress:
@@ -86,8 +88,13 @@ def _show(message: str, node_id: str | None) -> None:
 
 
 def tell(message: str, node_id: str | None) -> None:
-    """In a running server, write a message onto the node."""
+    """In a running server, write a message onto the node, as the text it is."""
     server = sys.modules.get("server")  # the host's; not there unless the server runs
     instance = getattr(getattr(server, "PromptServer", None), "instance", None)
     if instance is not None and node_id is not None:
-        instance.send_progress_text(message, node_id)
+        instance.send_progress_text(_as_html(printable(message)), node_id)
+
+
+def _as_html(message: str) -> str:
+    """What shows as this text: the page puts it into its HTML, with `[[label|address]]` made a link on the way."""
+    return html.escape(message).replace("[", "&#91;").replace("__LNK", "&#95;_LNK")  # its own mark for such a link

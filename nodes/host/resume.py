@@ -5,31 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
+import math
 import os
-import re
-import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import folder_paths
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
 from torch import Tensor
 
+from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.history import HistoryLayout, Memory, Statistics
-from .disk import disk_errors
-
-log = logging.getLogger(__name__)
+from ...helios_core.quoting import quoted
+from .disk import disk_errors, in_background, ordinary
+from .run_folder import claimed, remove_old, run_folder, tidy
 
 CHUNK_FORMAT = "helios chunk 1"
-FOLDER = "helios_resume"  # below the host's output folder
-KEPT_RUNS = 3
-KEPT_SECONDS = 24 * 60 * 60
-KEY = re.compile(r"[0-9a-f]{64}")
-OUR_FILE = re.compile(r"chunk_\d{5}\.safetensors(\.part)?")
+MAX_HEADER = 1_000_000  # bytes of a chunk's file beside its tensors; they are a few hundred
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 WRONG = {
     "format": "it is no chunk of Helios, or of another version",
     "key": "it belongs to another graph",
@@ -51,12 +49,53 @@ class SavedChunk:
     rng_state: Tensor  # uint8
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What all chunks of a run are like."""
+
+    shape: tuple[int, ...]  # (B, 16, 9, H, W)
+    layout: HistoryLayout  # of the memory
+    anchored: bool
+    watched: bool  # for drift: the memory holds statistics
+
+    @classmethod
+    def after(cls, memory: Memory, watched: bool) -> Kind:
+        """Of a run that begins with this memory."""
+        batch, channels, _, height, width = memory.latents.shape
+        return cls(
+            (batch, channels, CHUNK_LATENTS, height, width),
+            memory.layout,
+            memory.layout.keep_first_frame or memory.anchor is not None,
+            watched or memory.statistics is not None,
+        )
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Shape and possible dtypes of each tensor in a chunk's file."""
+        batch, channels, _, height, width = self.shape
+        kept = (torch.float32,)
+        tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "latents": (self.shape, (torch.float32, torch.bfloat16, torch.float16)),
+            "memory": ((batch, channels, self.layout.frames, height, width), kept),
+            "rng_state": (tuple(torch.Generator().get_state().shape), (torch.uint8,)),
+        }
+        if self.anchored:
+            tensors["anchor"] = ((batch, channels, 1, height, width), kept)
+        if self.watched:
+            tensors["mean"] = tensors["var"] = ((batch, channels), kept)
+        return tensors
+
+    @property
+    def max_bytes(self) -> int:
+        return MAX_HEADER + sum(math.prod(shape) * dtypes[0].itemsize for shape, dtypes in self.tensors().values())
+
+
 class SavedRun:
     """The chunks of one graph, a file each. Every file holds the digest of the one before: a chain has no gaps."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.key = folder, folder.name
+    def __init__(self, folder: Path, kind: Kind):
+        self.folder, self.key, self.kind = folder, folder.name, kind
         self.digests: list[str] = []
+        self.cleaned_up = False
 
     def path(self, index: int) -> Path:
         return self.folder / f"chunk_{index:05}.safetensors"
@@ -65,7 +104,7 @@ class SavedRun:
         """How many chunks in a row are there and whole, and what is wrong with the next one, if it is there."""
         self.digests = []
         for index in range(chunks):
-            if not self.path(index).exists():
+            if not os.path.lexists(self.path(index)):
                 return index, None
             try:
                 self.digests.append(self._read(index)[1])
@@ -89,22 +128,16 @@ class SavedRun:
             "key": self.key,
             "chunk": str(index),
             "follows": self._follows(index),
-            "memory": json.dumps(_describe(chunk.memory)),
+            "memory": json.dumps({**_describe(chunk.memory.layout), "drifted": chunk.memory.drifted}),
         }
         metadata["digest"] = _digest(tensors, metadata)
         target = self.path(index)
-        part = target.with_suffix(".safetensors.part")
+        part = self.folder / f"{uuid.uuid4().hex}.part"
         try:
             with disk_errors(f"chunk {index + 1} of the video", self.folder):
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                except (FileExistsError, NotADirectoryError) as error:
-                    raise ValueError(
-                        f"Chunks are saved in the folder {self.folder.parent}, but there is a file of that name. Move "
-                        "it away, or switch resume off."
-                    ) from error
-                with part.open("wb") as file:
-                    file.write(safetensors.torch.save(tensors, metadata))
+                self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+                with open(part, "xb", opener=ordinary) as file:
+                    file.write(save(tensors, metadata))
                     file.flush()
                     os.fsync(file.fileno())
                 part.replace(target)
@@ -113,19 +146,16 @@ class SavedRun:
                 part.unlink(missing_ok=True)
         _sync_folder(self.folder)
         self.digests.append(metadata["digest"])
-        prune(self.folder)
+        if not self.cleaned_up:
+            self.cleaned_up = True  # once a run, and not by one that makes nothing
+            in_background(remove_old, self.folder)
 
     def _follows(self, index: int) -> str:
         return self.digests[index - 1] if index else ""
 
     def _read(self, index: int) -> tuple[SavedChunk, str]:
         path = self.path(index)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # off the mapped file
-        except (SafetensorError, OSError) as error:
-            raise BadChunk(f"{path} is damaged or no safetensors file ({error}).") from error
+        tensors, metadata = _read_file(path, self.kind)
         expected = {"format": CHUNK_FORMAT, "key": self.key, "chunk": str(index), "follows": self._follows(index)}
         wrong = next((name for name, value in expected.items() if metadata.get(name) != value), None)
         if wrong:
@@ -133,50 +163,47 @@ class SavedRun:
         digest = metadata.pop("digest", "")
         if digest != _digest(tensors, metadata):
             raise BadChunk(f"{path} is damaged: its contents do not fit its checksum.")
-        return _from_tensors(tensors, json.loads(metadata["memory"])), digest
-
-
-def open_run(key: str) -> tuple[SavedRun, int]:
-    """The run with this key, whose folder comes with its first chunk, and how many other runs have saved chunks."""
-    run = SavedRun(Path(folder_paths.get_output_directory()) / FOLDER / key)
-    if run.folder.is_dir():
-        os.utime(run.folder)  # in use again: it counts as new
-    return run, sum(map(_has_chunks, _others(run.folder)))
-
-
-def prune(used: Path) -> None:
-    """Delete runs' folders but the KEPT_RUNS that were in use last, `used` among them, and any of the last day.
-
-    One graph may have many nodes that save, and a run that was cut off waits for its user.
-    """
-    for folder in _others(used)[KEPT_RUNS - 1 :]:
         try:
-            if time.time() - folder.stat().st_mtime < KEPT_SECONDS:
-                continue
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
-        except OSError as error:  # another ComfyUI may be at it
-            log.warning("Could not delete the saved chunks in %s: %s", folder, error)
+            return _from_tensors(tensors, metadata.get("memory", ""), self.kind), digest
+        except ValueError as error:
+            raise BadChunk(f"{path} is no chunk of this video: {error}.") from error
 
 
-def _others(used: Path) -> list[Path]:
-    """Folders of other runs, the last used first, those without a chunk at the end."""
-    folders = (folder for folder in _our_folders(used.parent) if folder != used)
-    return sorted(folders, key=lambda folder: (_has_chunks(folder), folder.stat().st_mtime_ns), reverse=True)
+@contextmanager
+def open_run(key: str, kind: Kind, note: str) -> Iterator[SavedRun]:
+    """The run with this key, for this process alone. note: what the folder says of itself.
+
+    Raises ValueError where another process is making it, or where its folder cannot be.
+    """
+    folder = run_folder(key)
+    with claimed(folder):
+        tidy(folder, note)
+        yield SavedRun(folder, kind)
 
 
-def _has_chunks(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
-
-
-def _our_folders(root: Path) -> Iterator[Path]:
-    """Folders that are named by a key and hold nothing but chunks. Others are somebody else's."""
-    for folder in root.iterdir() if root.is_dir() else ():
-        if not KEY.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
-            continue
-        if all(OUR_FILE.fullmatch(file.name) and file.is_file() for file in folder.iterdir()):
-            yield folder
+def _read_file(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a chunk's file. Raises BadChunk for what is none, before it takes any memory."""
+    try:
+        with open(path, "rb", opener=ordinary) as file:
+            data = file.read(kind.max_bytes + 1)
+        if len(data) > kind.max_bytes:
+            raise BadChunk(f"{path} is larger than a chunk of this video.")
+        stored = dict(deserialize(data))
+    except OSError as error:
+        raise BadChunk(f"{path} cannot be read: {error.strerror}.") from error
+    except SafetensorError as error:
+        raise BadChunk(f"{path} is damaged or no safetensors file ({error}).") from error
+    expected = kind.tensors()
+    if stored.keys() != expected.keys():
+        raise BadChunk(f"{path} is no chunk of this video: it holds {quoted(sorted(stored))}.")
+    tensors = {}
+    for name, (shape, dtypes) in expected.items():
+        found, dtype = tuple(stored[name]["shape"]), DTYPES.get(stored[name]["dtype"])
+        if found != shape or dtype not in dtypes:
+            raise BadChunk(f"{path} is no chunk of this video: {name} is {stored[name]['dtype']} {quoted(found)}.")
+        tensors[name] = torch.frombuffer(bytearray(stored[name]["data"]), dtype=dtype).reshape(shape)
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return tensors, json.loads(header).get("__metadata__", {})
 
 
 def _to_tensors(chunk: SavedChunk) -> dict[str, Tensor]:
@@ -190,24 +217,36 @@ def _to_tensors(chunk: SavedChunk) -> dict[str, Tensor]:
     return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def _from_tensors(tensors: dict[str, Tensor], memory: dict) -> SavedChunk:
-    layout = HistoryLayout(tuple(memory["sizes"]), memory["keep_first_frame"], memory["chunk"])
-    statistics = Statistics(tensors["mean"], tensors["var"]) if "mean" in tensors else None
-    return SavedChunk(
-        tensors["latents"],
-        Memory(tensors["memory"], tensors.get("anchor"), layout, statistics, memory["drifted"]),
-        tensors["rng_state"],
-    )
+def _from_tensors(tensors: Mapping[str, Tensor], described: str, kind: Kind) -> SavedChunk:
+    """Raises ValueError for values that no chunk has."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are no finite numbers")
+    try:
+        torch.Generator().set_state(tensors["rng_state"])
+    except RuntimeError as error:
+        raise ValueError("rng_state is no state of a random generator") from error
+    values = _parse(described)
+    drifted = values.pop("drifted", None)
+    if not isinstance(drifted, bool) or values != _describe(kind.layout):
+        raise ValueError("its memory is laid out in another way")
+    statistics = Statistics(tensors["mean"], tensors["var"]) if kind.watched else None
+    memory = Memory(tensors["memory"], tensors.get("anchor"), kind.layout, statistics, drifted)
+    return SavedChunk(tensors["latents"], memory, tensors["rng_state"])
 
 
-def _describe(memory: Memory) -> dict:
-    layout = memory.layout
-    return {
-        "sizes": layout.sizes,
-        "keep_first_frame": layout.keep_first_frame,
-        "chunk": layout.chunk,
-        "drifted": memory.drifted,
-    }
+def _parse(described: str) -> dict[str, Any]:
+    try:
+        values = json.loads(described)
+    except RecursionError as error:
+        raise ValueError("its memory is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("its memory is not described")
+    return values
+
+
+def _describe(layout: HistoryLayout) -> dict[str, Any]:
+    return {"sizes": list(layout.sizes), "keep_first_frame": layout.keep_first_frame, "chunk": layout.chunk}
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

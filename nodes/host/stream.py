@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +20,10 @@ from .graph_key import graph_key
 from .guider import HeliosGuider
 from .latent import to_vae_space
 from .progress import Notes, check_interrupt
-from .resume import SavedChunk, SavedRun, open_run
+from .resume import Kind, SavedChunk, SavedRun, open_run
 from .room import already_loaded, fits_now, may_fit
+from .run_folder import count_others
+from .run_note import about, first_prompt
 from .video_file import VideoFile
 
 
@@ -121,28 +124,32 @@ def write_saved(guider: HeliosGuider, writer: VideoWriter, saved: SavedRun) -> T
     return samples
 
 
-def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: Notes) -> SavedRun | None:
+@contextmanager
+def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: Notes) -> Iterator[SavedRun | None]:
     """Let the guider go on after the chunks that are saved for this node's graph; where the next ones are to be saved.
 
-    None where the graph cannot be known again.
+    None where the graph cannot be known again. Raises ValueError where another process is making the same video.
     """
     if node_id not in (prompt or {}):
         notes.warn("resume does not work on a node that another node has made: nothing is saved, nothing resumed.")
-        return None
-    saved, others = open_run(graph_key(prompt, node_id))
-    done, problem = saved.count(guider.chunks)
-    if problem:
-        notes.warn(f"{problem} It is not used, and made again.")
-    if done:
-        last = saved.load(done - 1)
-        guider.resume(done, last.memory, last.rng_state)
-    if done == guider.chunks:
-        notes.inform(f"All chunks ({done}) were saved: nothing is sampled, the video is encoded again.")
-    elif done:
-        notes.inform(f"Resumed after chunk {done} of {guider.chunks}.")
-    elif others:
-        notes.inform(
-            f"Starts anew: no chunk is saved for this graph ({others} other run{'s are' if others > 1 else ' is'} "
-            "kept). To resume, everything upstream must be as it was: prompts, frames, seed, files."
-        )
-    return saved
+        yield None
+        return
+    kind = Kind.after(guider.memory, watched=guider.schedule.anti_drift is not None)
+    note = about(guider.chunk_shape, guider.chunks, guider.rng.initial_seed(), first_prompt(prompt, node_id))
+    with open_run(graph_key(prompt, node_id), kind, note) as saved:
+        done, problem = saved.count(guider.chunks)
+        if problem:
+            notes.warn(f"{problem} It is not used, and made again.")
+        if done:
+            last = saved.load(done - 1)
+            guider.resume(done, last.memory, last.rng_state)
+        if done == guider.chunks:
+            notes.inform(f"All chunks ({done}) were saved: nothing is sampled, the video is encoded again.")
+        elif done:
+            notes.inform(f"Resumed after chunk {done} of {guider.chunks}.")
+        elif others := count_others(saved.folder):
+            notes.inform(
+                f"Starts anew: no chunk is saved for this graph ({others} other run{'s are' if others > 1 else ' is'} "
+                "kept). To resume, everything upstream must be as it was: prompts, frames, seed, files."
+            )
+        yield saved

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from typing import Any
 
 from ...helios_core.text import MAX_TOKENS, clean_prompt
+from .guard import printable_log
 
-logger = logging.getLogger(__name__)
+log = printable_log(__name__)
 
 ENCODER = "umt5xxl"  # the host's name for it, and of its entry in the tokens
 END_TOKEN, PAD_TOKEN = 1, 0
-SHOWN = 60  # characters of a prompt that a message quotes
+MAX_CHARACTERS = 100_000  # forty times what 512 tokens hold; longer texts take seconds to clean up
 
 Tokens = dict[str, list[list[tuple[int, float]]]]
 
 
-def encode_prompt(clip: Any, prompt: str) -> list[Any]:
+def encode_prompt(
+    clip: Any, prompt: str, name: str = "The prompt", warn: Callable[[str], None] = log.warning
+) -> list[Any]:
     """CONDITIONING of one entry, (1, 512, D), zeros behind the end token.
 
-    Raises ValueError where `clip` is not a UMT5.
+    `warn` is told where the prompt of that name is cut; its text stays out of every message. Raises ValueError where
+    `clip` is not a UMT5.
     """
-    tokens = tokenize(clip, clean_prompt(prompt))
+    if len(prompt) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{name} has {len(prompt)} characters. The text encoder reads {MAX_TOKENS} tokens, about 2500 characters: "
+            "shorten it."
+        )
+    tokens = tokenize(clip, clean_prompt(prompt), name, warn)
     return clip.encode_from_tokens_scheduled(tokens)
 
 
-def tokenize(clip: Any, text: str) -> Tokens:
+def tokenize(clip: Any, text: str, name: str = "The prompt", warn: Callable[[str], None] = log.warning) -> Tokens:
     """512 tokens in the host's form, all of weight 1. What is too long is cut and still ends in an end token."""
     token_ids = _piece_ids(clip, text)
     if len(token_ids) > MAX_TOKENS:
-        logger.warning(
-            "The prompt %r has %d tokens. The text encoder reads %d, the rest is left out.",
-            text if len(text) <= SHOWN else text[:SHOWN] + "...",
-            len(token_ids),
-            MAX_TOKENS,
-        )
+        warn(f"{name} has {len(token_ids)} tokens. The text encoder reads {MAX_TOKENS}, the rest is left out.")
         token_ids = [*token_ids[: MAX_TOKENS - 1], END_TOKEN]
     token_ids += [PAD_TOKEN] * (MAX_TOKENS - len(token_ids))
     return {ENCODER: [[(token, 1.0) for token in token_ids]]}

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
+import re
 import tempfile
+import time
 import uuid
+import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
+from comfy_api.latest import InputImpl
 from torch import Tensor
 
-from .disk import NO_ROOM, disk_errors
+from .disk import DAY, NO_ROOM, disk_errors, in_background
+from .guard import printable_log
 
-log = logging.getLogger(__name__)
+log = printable_log(__name__)
 
 PIXEL_FORMATS = {"8": "yuv420p", "10": "yuv420p10le"}
 BIT_DEPTHS = tuple(PIXEL_FORMATS)
@@ -29,6 +34,7 @@ BIT_DEPTHS = tuple(PIXEL_FORMATS)
 PRIMARIES_BT709 = TRANSFER_BT709 = 1
 MATRIX_BT601 = 6
 LONGEST_SIDE = 16384  # pixels that the encoder takes
+OUR_FILE = re.compile(r"helios_[0-9a-f]{32}\.mp4(\.part)?")
 PACKET_CHECK = "The video was written, but its file holds {found} frames instead of {expected}."
 
 
@@ -150,3 +156,25 @@ class VideoFile:
     def _encode(self, picture: av.VideoFrame | None) -> None:
         assert self.container is not None
         self.container.mux(self.stream.encode(picture))
+
+
+_in_use: weakref.WeakValueDictionary[Path, Any] = weakref.WeakValueDictionary()
+
+
+def finished_video(file: Path) -> Any:
+    """The VIDEO of a finished file, which stays for as long as the host or a node holds on to it.
+
+    The temp folder is emptied when the host starts and ends; one that runs for weeks is rid of old files here.
+    """
+    video = _in_use[file] = InputImpl.VideoFromFile(str(file))
+    in_background(remove_old_videos, file.parent)
+    return video
+
+
+def remove_old_videos(folder: Path) -> None:
+    """Delete our files of which no VIDEO is left, a day after they were written: a page may still show one."""
+    for file in folder.glob("helios_*"):
+        if OUR_FILE.fullmatch(file.name) and file not in _in_use and not file.is_symlink():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > DAY:
+                    file.unlink()

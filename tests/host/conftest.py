@@ -6,6 +6,9 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 COMFYUI = Path(__file__).resolve().parents[2] / os.environ.get("COMFYUI_PATH", "build/comfyui")
 if not (COMFYUI / "comfy").is_dir():
@@ -22,3 +25,12 @@ args.cpu = True
 args.use_pytorch_cross_attention = True
 args.base_directory = base.name
 args.database_url = "sqlite:///:memory:"
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What nodes write onto themselves, as (text, node id)."""
+    messages = []
+    instance = SimpleNamespace(send_progress_text=lambda text, node_id: messages.append((text, node_id)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    return messages

@@ -1,8 +1,9 @@
 """Prompts that change on the way, and prompts from a file."""
 
+import asyncio
 import json
 import os
-import sys
+import threading
 from types import SimpleNamespace
 
 import folder_paths
@@ -11,6 +12,7 @@ import torch
 from comfy.sampler_helpers import convert_cond
 
 from comfyui_helios.helios_core.video import PromptTrack
+from comfyui_helios.nodes.host import prompts as prompts_file
 from comfyui_helios.nodes.host.folder import load_text_encoder
 from comfyui_helios.nodes.host.prompts import find_track
 from comfyui_helios.nodes.host.text import encode_prompt
@@ -26,14 +28,9 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def shown(monkeypatch):
-    """What the nodes write onto themselves, as (text, node id)."""
-    messages = []
-    instance = SimpleNamespace(send_progress_text=lambda text, node_id: messages.append((text, node_id)))
-    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+def on_a_node(monkeypatch, shown):
     for node in NODES:
         monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
-    return messages
 
 
 def run(clip, *prompts, unit="chunks", blend=0, before=None, defaults=False):
@@ -132,7 +129,7 @@ def test_lengths_become_whole_chunks_and_at_least_one(clip, unit, length, chunks
 def test_the_node_shows_what_it_made_of_seconds(clip, shown):
     summary = run(clip, ("a fox", 7.0), ("a lake", 1.0), unit="seconds")[3]
     assert summary == "1: 5 chunks (6.9 s) | 2: 1 chunk (1.4 s) | total: 6 chunks (8.2 s)"
-    assert shown == [(summary, "7")]
+    assert shown[-1] == (summary, "7")
 
 
 def test_before_puts_the_prompts_of_another_node_first(clip):
@@ -185,8 +182,12 @@ def inputs(tmp_path, monkeypatch):
     return folder
 
 
+def validated(name):
+    return asyncio.run(HeliosPromptFromFile.validate_inputs(name))
+
+
 def take(name, index=0):
-    assert HeliosPromptFromFile.validate_inputs(name) is True
+    assert validated(name) is True
     return tuple(HeliosPromptFromFile.execute(name, index).result)
 
 
@@ -194,7 +195,7 @@ def refusal(name):
     """The message of a file that cannot be used, the same before the graph runs and while it does."""
     with pytest.raises(ValueError) as error:
         HeliosPromptFromFile.execute(name, 0)
-    assert HeliosPromptFromFile.validate_inputs(name) == str(error.value)
+    assert validated(name) == str(error.value)
     return str(error.value)
 
 
@@ -222,13 +223,13 @@ def test_blank_lines_and_comments_are_skipped(inputs, mark, end):
 @pytest.mark.parametrize("content", ["", "\ufeff", "\n \n# only this\n"], ids=["empty", "BOM alone", "comments"])
 def test_a_file_without_prompts_is_refused(inputs, content):
     (inputs / "p.txt").write_text(content, encoding="utf-8")
-    assert "p.txt holds no prompt" in refusal("p.txt")
+    assert "'p.txt' holds no prompt" in refusal("p.txt")
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
 def test_other_encodings_are_refused(inputs, encoding):
     (inputs / "p.txt").write_text("a café, a fox", encoding=encoding)
-    assert "p.txt is not UTF-8" in refusal("p.txt")
+    assert "'p.txt' is not UTF-8" in refusal("p.txt")
 
 
 @pytest.mark.parametrize(
@@ -259,6 +260,45 @@ def test_only_text_files_of_the_input_folder_are_read(inputs, name):
     assert f"in {inputs}" in refusal(name.format(outside=inputs.parent))
 
 
+def test_a_file_too_large_for_prompts_is_refused_without_reading_it_all(inputs):
+    with (inputs / "p.txt").open("wb") as file:
+        file.truncate(10**12)  # takes no room, and would take all memory
+    assert "'p.txt' is larger than 10 MB" in refusal("p.txt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_pipes_and_devices_are_no_text_files(inputs):
+    os.mkfifo(inputs / "pipe.txt")
+    (inputs / "device.txt").symlink_to("/dev/zero")
+    assert HeliosPromptFromFile.define_schema().inputs[0].options == []
+    for name in ("pipe.txt", "device.txt"):
+        assert "There is no text file" in refusal(name)
+
+
+def test_a_file_is_checked_while_the_host_serves_others(inputs, monkeypatch):
+    """The host asks on its event loop."""
+    (inputs / "p.txt").write_text("a fox")
+    others = threading.Event()
+    read = prompts_file.read_prompts
+    monkeypatch.setattr("comfyui_helios.nodes.prompts.read_prompts", lambda name: others.wait(30) and read(name))
+
+    async def both():
+        check = asyncio.create_task(HeliosPromptFromFile.validate_inputs("p.txt"))
+        await asyncio.sleep(0.01)
+        others.set()
+        return await check
+
+    assert asyncio.run(both()) is True
+
+
+def test_a_long_prompt_of_a_row_is_told_by_its_number(clip, shown, caplog):
+    with caplog.at_level("DEBUG"):
+        run(clip, ("a fox", 4.0), ("a blue lake " * 400, 4.0))
+    assert shown[-1][0].startswith("Prompt 2 has ")
+    assert shown[-1][0].endswith("\n1: 4 chunks (5.5 s) | 2: 4 chunks (5.5 s) | total: 8 chunks (11.0 s)")
+    assert "a blue lake" not in caplog.text
+
+
 def test_the_node_lists_the_text_files_there_are_now(inputs):
     for name in ("b.txt", "A.TXT", "c.json"):
         (inputs / name).write_text("a fox")
@@ -287,7 +327,7 @@ def test_a_changed_file_runs_again_and_an_unchanged_one_does_not(inputs):
 
 
 def test_a_linked_file_is_checked_when_it_is_known():
-    assert HeliosPromptFromFile.validate_inputs(None) is True
+    assert validated(None) is True
 
 
 def test_what_the_page_is_told_of_the_index_is_plain_json(inputs):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comfyui_helios.helios_core.drift import AntiDrift
-from comfyui_helios.nodes.host import resume
+from comfyui_helios.nodes.host import resume, run_folder
 from comfyui_helios.nodes.host.graph_key import graph_key
 from streams import (
     GRAPH,
@@ -44,7 +45,7 @@ def output(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     for name in temporary_files():
         (Path(folder_paths.get_temp_directory()) / name).unlink()
-    return tmp_path / resume.FOLDER
+    return tmp_path / run_folder.FOLDER
 
 
 class Killed(BaseException):
@@ -73,9 +74,27 @@ def said(monkeypatch):
 
 
 def run(parts, prompt=GRAPH, schedule=DRIFTING, start=None, **settings):
-    return stream_video(
-        parts, start or beginning(33 * CHUNKS), schedule, resume=True, unique_id="5", prompt=prompt, **settings
-    )
+    try:
+        return stream_video(
+            parts, start or beginning(33 * CHUNKS), schedule, resume=True, unique_id="5", prompt=prompt, **settings
+        )
+    finally:
+        cleaned_up()
+
+
+KIND = resume.Kind((1, 16, 9, HEIGHT // 8, WIDTH // 8), resume.HistoryLayout(), anchored=True, watched=True)
+
+
+def opened(key, note=""):
+    """The saved run of DRIFTING at the usual size."""
+    return resume.open_run(key, KIND, note)
+
+
+def cleaned_up():
+    """Wait for what is cleaned up in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "helios-clean-up":
+            thread.join()
 
 
 def chunk_files(folder):
@@ -242,11 +261,11 @@ def test_a_chunk_that_follows_on_another_one_is_refused(parts, output):
     """As after a change of hardware in between, where the same graph gives other latents."""
     run(parts)
     key = next(output.iterdir()).name
-    first, _ = resume.open_run(key)
-    first.count(1)
-    chunk = first.load(0)
-    first.save(0, replace(chunk, latents=chunk.latents + 1e-3))
-    done, problem = first.count(CHUNKS)
+    with opened(key) as first:
+        first.count(1)
+        chunk = first.load(0)
+        first.save(0, replace(chunk, latents=chunk.latents + 1e-3))
+        done, problem = first.count(CHUNKS)
     assert done == 1
     assert "chunk_00001" in problem
     assert "it follows on another chunk before it" in problem
@@ -259,11 +278,12 @@ def test_memory_comes_back_as_it_was(output):
     rng = torch.Generator().manual_seed(5)
     torch.randn(7, generator=rng)
     chunk = resume.SavedChunk(torch.rand(2, 16, 9, 4, 6).bfloat16(), memory, rng.get_state())
-    saved, _ = resume.open_run("a" * 64)
-    saved.save(0, chunk)
-    again, _ = resume.open_run("a" * 64)
-    assert again.count(5) == (1, None)
-    loaded = again.load(0)
+    kind = resume.Kind(chunk.latents.shape, layout, anchored=False, watched=True)
+    with resume.open_run("a" * 64, kind, "") as saved:
+        saved.save(0, chunk)
+    with resume.open_run("a" * 64, kind, "") as again:
+        assert again.count(5) == (1, None)
+        loaded = again.load(0)
     assert loaded.latents.dtype == torch.bfloat16
     assert torch.equal(loaded.latents, chunk.latents)
     assert (loaded.memory.layout, loaded.memory.anchor, loaded.memory.drifted) == (layout, None, True)
@@ -292,8 +312,8 @@ def test_a_full_disk_keeps_what_is_saved(parts, whole, output, monkeypatch, at):
         with pytest.raises(OSError, match=rf"no room for chunk {at} of the video in .*Free some space"):
             run(parts)
     assert temporary_files() == []
-    [folder] = output.iterdir()
-    assert [file.name for file in sorted(folder.iterdir())] == [f"chunk_{i:05}.safetensors" for i in range(at - 1)]
+    assert [file.name for file in chunk_files(output)] == [f"chunk_{i:05}.safetensors" for i in range(at - 1)]
+    assert not list(output.rglob("*.part"))
     check_same(run(parts), whole, output)
 
 

@@ -8,7 +8,9 @@ from diffusers import HeliosPyramidPipeline
 
 from comfyui_helios.helios_core.text import clean_prompt
 from comfyui_helios.nodes.host.folder import load_text_encoder
+from comfyui_helios.nodes.host.text import encode_prompt
 from comfyui_helios.nodes.text import HeliosTextEncode
+from runs import run_node
 from tiny import make_official_folder
 
 PROMPTS = {
@@ -60,7 +62,7 @@ def assert_equal(entries, expected):
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_prompts_become_what_the_reference_makes_of_them(clip, pipeline, kind):
-    positive, negative = HeliosTextEncode.execute(clip, PROMPTS[kind], "blurry, static").result
+    positive, negative = run_node(HeliosTextEncode, clip, PROMPTS[kind], "blurry, static").result
     expected = reference(pipeline, PROMPTS[kind], "blurry, static")
     assert_equal(positive, expected[0])
     assert_equal(negative, expected[1])
@@ -68,27 +70,31 @@ def test_prompts_become_what_the_reference_makes_of_them(clip, pipeline, kind):
 
 def test_defaults_of_the_node_fit_into_the_text_encoder(clip, caplog):
     widgets = {widget.id: widget.default for widget in HeliosTextEncode.define_schema().inputs[1:]}
-    HeliosTextEncode.execute(clip, **widgets)
+    run_node(HeliosTextEncode, clip, **widgets)
     assert not [r for r in caplog.records if r.name.startswith("comfyui_helios")]
 
 
 def test_padding_behind_the_prompt_is_zero(clip):
-    positive, _ = HeliosTextEncode.execute(clip, "a red fox", "").result
+    positive, _ = run_node(HeliosTextEncode, clip, "a red fox", "").result
     used = positive[0][0].abs().amax(dim=(0, 2)).nonzero().max() + 1
     assert used < 20
     assert not positive[0][0][:, used:].any()
 
 
-def test_a_prompt_over_512_tokens_is_cut_with_a_warning_that_names_it(clip, pipeline, caplog):
+def test_a_prompt_over_512_tokens_is_cut_and_the_node_says_so_without_its_text(clip, pipeline, caplog, shown):
     prompt = "The tall stone bridge " + "a red fox " * 400
     tokens = len(pipeline.tokenizer(clean_prompt(prompt)).input_ids)
-    with caplog.at_level(logging.WARNING):
-        positive, _ = HeliosTextEncode.execute(clip, prompt, "").result
-    [record] = [r for r in caplog.records if r.name.startswith("comfyui_helios")]
-    assert "The tall stone bridge" in record.getMessage()
-    assert str(tokens) in record.getMessage()
-    assert len(record.getMessage()) < 250
+    with caplog.at_level(logging.DEBUG):
+        positive, _ = run_node(HeliosTextEncode, clip, prompt, "", unique_id="7").result
+    warning = f"The positive prompt has {tokens} tokens. The text encoder reads 512, the rest is left out."
+    assert shown[-1] == (warning, "7")
+    assert "stone bridge" not in caplog.text
     assert_equal(positive, reference(pipeline, prompt, "")[0])
+
+
+def test_a_book_for_a_prompt_is_refused_by_name():
+    with pytest.raises(ValueError, match="The negative prompt has 200000 characters.*about 2500 characters: shorten"):
+        encode_prompt(None, "a " * 100_000, "The negative prompt")
 
 
 @pytest.mark.parametrize("length", [511, 512, 513])
@@ -96,13 +102,13 @@ def test_the_limit_counts_the_end_token(clip, pipeline, caplog, length):
     prompt = "0" * (length - 2)  # a token each, besides a token for the start of a word and the end token
     assert len(pipeline.tokenizer(prompt).input_ids) == length
     with caplog.at_level(logging.WARNING):
-        positive, _ = HeliosTextEncode.execute(clip, prompt, "").result
+        positive, _ = run_node(HeliosTextEncode, clip, prompt, "").result
     assert_equal(positive, reference(pipeline, prompt, "")[0])
     assert bool([r for r in caplog.records if r.name.startswith("comfyui_helios")]) == (length > 512)
 
 
 def test_parentheses_change_no_weight(clip):
-    plain, loud = (HeliosTextEncode.execute(clip, x, "").result[0][0][0] for x in ("a (red:1.5) fox", "a red fox"))
+    plain, loud = (run_node(HeliosTextEncode, clip, x, "").result[0][0][0] for x in ("a (red:1.5) fox", "a red fox"))
     assert (plain - loud).abs().max() > 0.1  # other text, other embedding
 
 
@@ -111,7 +117,7 @@ def test_a_clip_that_is_no_umt5_is_refused():
         tokenizer = object()
 
     with pytest.raises(ValueError, match=r"UMT5-XXL.*Helios Diffusers Loader"):
-        HeliosTextEncode.execute(Other(), "a fox", "")
+        run_node(HeliosTextEncode, Other(), "a fox", "")
 
 
 @pytest.mark.parametrize("text", PROMPTS.values(), ids=PROMPTS)
