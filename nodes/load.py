@@ -7,8 +7,10 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..helios_core.quoting import quoted
 from .host.compat import advanced, schema
 from .host.folder import load_text_encoder, load_vae
+from .host.graph_key import fingerprint
 from .host.guard import listable
 from .host.memory import WEIGHTS_IN, Offloading, offloading
 from .host.model import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
@@ -45,6 +47,17 @@ def dtype_input() -> io.Combo.Input:
     return io.Combo.Input("dtype", options=list(DTYPE_CHOICES), default="auto", tooltip=DTYPE_TOOLTIP)
 
 
+def find_model(name: Any) -> str:
+    """The path of a file in models/diffusion_models. ValueError for a name of none."""
+    path = folder_paths.get_full_path("diffusion_models", name) if isinstance(name, str) and "\0" not in name else None
+    if path is None:
+        raise ValueError(
+            f"There is no model {quoted(name)} in models/diffusion_models. Put it there and refresh the page (R), or "
+            "choose another."
+        )
+    return path
+
+
 def load(path: str, dtype: DtypeChoice, how: Offloading | None, node_id: str | None) -> Any:
     """The MODEL of a file or folder. Says so on the node where offloading to disk cannot spare memory."""
     if how is not None and how.weights_in == "disk" and (warning := converted_on_reading(path, dtype)):
@@ -76,10 +89,14 @@ class HeliosModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name=None, **_) -> str:
+        return fingerprint(model_name)
+
+    @classmethod
     @checked
     def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        path = find_model(model_name)
         clear_warning(cls.hidden.unique_id)
         return io.NodeOutput(load(path, dtype, how, cls.hidden.unique_id))
 
@@ -114,6 +131,10 @@ class HeliosDiffusersLoader(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder=None, **_) -> str:
+        return fingerprint(folder)
 
     @classmethod
     @checked
