@@ -42,6 +42,9 @@ class Cases:
         assert outcome.state == "success", outcome
         self.good = outcome.taken
         self.latents = self.good["previous"]["samples"].clone()
+        start = time.monotonic()
+        assert (wrong := self.good_graph()) is None, wrong
+        self.seconds = time.monotonic() - start  # that a good graph takes here and now
         self.stream_latents: torch.Tensor | None = None
         self.families: dict[str, Callable[[Random], str | None]] = {
             "sockets": self.sockets,
@@ -81,31 +84,48 @@ class Cases:
     # Files
 
     def files(self, rng: Random) -> str | None:
-        """An official folder with one or two things spoilt, from loader to frames."""
+        """An official folder or a single file with one or two things spoilt, from loader to frames."""
+        if rng.random() < 0.2:
+            return self._single_file(rng)
         folder = world.diffusers() / SPOILT
         shutil.copytree(world.diffusers() / GOOD, folder)
+        weights = sorted(folder.rglob("*.safetensors"))
         try:
             for _ in range(rng.choice((1, 1, 2))):
                 if rng.random() < 0.15:
-                    self.say(f"{mutations.spoil_folder(rng, folder)}")
+                    self.say(mutations.spoil_folder(rng, folder))
                     continue
                 files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 10**7)
                 file = rng.choice(files)
                 self.say(f"{file.relative_to(folder)}: {mutations.spoil_file(rng, file)}")
             outcome = world.run(world.whole_graph(SPOILT), dict(WHOLE))
-            return self.judge(outcome) or (self._refused_by_library(folder) if outcome.state == "success" else None)
+            return self.judge(outcome) or (self._refused_by_library(weights) if outcome.state == "success" else None)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _refused_by_library(self, folder: Path) -> str | None:
-        """A transformer that we have loaded, and the library that defines the format refuses."""
-        for file in sorted((folder / "transformer").glob("*.safetensors")):
-            if file.is_file():
-                try:
-                    with safe_open(file, framework="pt"):
-                        pass
-                except SafetensorError as error:
-                    return f"{file.name} was loaded, and the safetensors library refuses it: {error}"
+    def _single_file(self, rng: Random) -> str | None:
+        file = world.diffusion_models() / "spoilt.safetensors"
+        shutil.copy(world.single_file(), file)
+        try:
+            self.say(f"a single file: {mutations.spoil_file(rng, file)}")
+            graph = world.whole_graph(model=["single", 0])
+            graph["single"] = {"class_type": "HeliosModelLoader", "inputs": {"model_name": file.name, "dtype": "fp32"}}
+            outcome = world.run(graph, dict(WHOLE))
+            return self.judge(outcome) or (self._refused_by_library([file]) if outcome.state == "success" else None)
+        finally:
+            if file.is_dir():
+                file.rmdir()
+            else:
+                file.unlink(missing_ok=True)
+
+    def _refused_by_library(self, files: list[Path]) -> str | None:
+        """Weights that we have loaded, and the library that defines the format refuses."""
+        for file in files:
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                return f"{file.name} was loaded, and the safetensors library refuses it: {error}"
         return None
 
     def prompts(self, rng: Random) -> str | None:

@@ -35,7 +35,7 @@ def main() -> None:
 
     world.set_up(options.good)
     made = (cases.Planted if options.planted else cases.Cases)(lambda text: say(does=text))
-    say(ready=True)
+    say(**{"good graph": made.seconds})
     for number in count(options.first):
         if options.family not in (None, made.family(number)):
             continue

@@ -18,7 +18,7 @@ AGAIN = "FUZZ_SEED={} FUZZ_CASE={} make fuzz"
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "Helios-Good"
-    make_official_folder(folder, "distilled")
+    make_official_folder(folder, "distilled", shards=True)  # with index files, as the published ones
     return folder
 
 
@@ -36,10 +36,10 @@ def test_every_fault_ends_in_a_sentence_or_a_right_result(good):
 
 @pytest.mark.timeout(900)
 def test_planted_faults_are_found(good):
-    report = fuzz(good, SEED, 1e9, planted=True, hang=20, last=5)
+    report = fuzz(good, SEED, 1e9, planted=True, last=5)
     assert set(report.faults) == {0, 1, 2, 3, 4}
     assert "a bare error: KeyError" in report.faults[0]
-    assert "hangs for more than 20 s" in report.faults[1]
+    assert "hangs for more than" in report.faults[1]
     assert "MiB" in report.faults[2]
     assert "the process ends with -7" in report.faults[3]
     assert "the next good graph gives other latents" in report.faults[4]

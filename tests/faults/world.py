@@ -17,8 +17,10 @@ import comfy.model_management
 import execution
 import folder_paths
 import torch
+from safetensors.torch import load_file, save_file
 
 import nodes
+from comfyui_helios.helios_core.checkpoint import CONFIG_KEY
 from comfyui_helios.nodes import HeliosExtension
 from faults.verdict import flaw
 
@@ -99,12 +101,25 @@ def set_up(good: Path) -> None:
         OUR_NODES[node.GET_SCHEMA().node_id] = node
     nodes.NODE_CLASS_MAPPINGS.update({**OUR_NODES, "Given": Given, "Taken": Taken})
     shutil.copytree(good, diffusers() / GOOD)
+    diffusion_models().mkdir(parents=True, exist_ok=True)
+    shards = sorted((good / "transformer").glob("*.safetensors"))
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    save_file(tensors, single_file(), {CONFIG_KEY: (good / "transformer" / "config.json").read_text()})
     for name in (folder_paths.get_input_directory(), folder_paths.get_temp_directory()):
         Path(name).mkdir(parents=True, exist_ok=True)
 
 
 def diffusers() -> Path:
     return Path(folder_paths.get_folder_paths("diffusers")[0])
+
+
+def diffusion_models() -> Path:
+    return Path(folder_paths.get_folder_paths("diffusion_models")[-1])
+
+
+def single_file() -> Path:
+    """The good transformer in one file that brings its own configuration."""
+    return diffusion_models() / "good.safetensors"
 
 
 def give(value: Any) -> tuple[str, Graph]:
