@@ -1,4 +1,4 @@
-"""The list of official folders, which the page and every graph ask for: nothing in models/diffusers can stop or slow it."""
+"""The list of official folders, which the page and every graph ask for: nothing below models/diffusers stops it."""
 
 import json
 import logging
