@@ -183,7 +183,8 @@ def _config(
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{source} is not the configuration of a Helios transformer: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"{source} is not the configuration of a Helios transformer: {reason}.") from error
 
 
 def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> TransformerConfig:

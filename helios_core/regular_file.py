@@ -73,12 +73,15 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, FileFacts]]:
         raise CheckpointError(
             f"{path} cannot be read ({reason}). Check its permissions, or download it again."
         ) from error
-    with open(handle, "rb") as stream:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
             raise CheckpointError(f"{path} is {kind}, where a file is expected. Download it again.")
-        yield stream, _facts(path, status)
+        with open(handle, "rb", closefd=False) as stream:  # Python opens no folder, and then would not close it either
+            yield stream, _facts(path, status)
+    finally:
+        os.close(handle)
 
 
 def _facts(path: Path, status: os.stat_result) -> FileFacts:

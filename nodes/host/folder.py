@@ -37,10 +37,10 @@ UMT5_FIXED = {
 }
 # By the presence and shape of this tensor the host (0.3.75: last axis, 0.24: first) tells UMT5-XXL from other encoders.
 UMT5_MARK = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
-UMT5_BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
-LARGEST_VOCABULARY = 2**20
-MAX_SENTENCEPIECE = 64 * 2**20  # bytes; UMT5's has 4.5 MB
 UMT5_NORM = "encoder.final_layer_norm.weight"  # the host makes the encoder in the dtype of this tensor
+UMT5_BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
+LARGEST_SIZE = 2**20  # of any number in the configuration; the vocabulary has 256,384
+MAX_SENTENCEPIECE = 64 * 2**20  # bytes; UMT5's has 4.5 MB
 
 WAN_VAE_FIXED = {
     "z_dim": (LATENT_CHANNELS,),
@@ -89,10 +89,10 @@ def load_text_encoder(
     part = _part(folder, "text_encoder")
     config = _config(part, UMT5_FIXED)
     for name in UMT5_XXL:
-        if type(size := config.get(name)) is not int or not 1 <= size <= LARGEST_VOCABULARY:
+        if type(size := config.get(name)) is not int or not 1 <= size <= LARGEST_SIZE:
             raise CheckpointError(
                 f"{part / 'config.json'} has {name} {quoted(size)}, which is no whole number from 1 to "
-                f"{LARGEST_VOCABULARY}. {DOWNLOAD}"
+                f"{LARGEST_SIZE}. {DOWNLOAD}"
             )
     tokenizer = _sentencepiece(folder, config["vocab_size"])
     tensors = _text_tensors(part, config)
