@@ -31,10 +31,10 @@ def main() -> None:
 
     import conftest  # noqa: F401  # loads the pack
     import host.conftest  # noqa: F401  # puts the host on sys.path
-    from faults import cases, world
+    from faults import cases, planted, world
 
     world.set_up(options.good)
-    made = (cases.Planted if options.planted else cases.Cases)(lambda text: say(does=text))
+    made = (planted.Planted if options.planted else cases.Cases)(lambda text: say(does=text))
     say(**{"good graph": made.seconds})
     for number in count(options.first):
         if options.family not in (None, made.family(number)):

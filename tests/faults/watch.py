@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.host import DIE_WITH_PARENT
+
 TESTS = Path(__file__).resolve().parents[1]
 MEMORY = 700 * 2**20  # bytes that a case may take beyond what was there before it
 HANG = 10.0  # seconds, on a machine at rest
@@ -76,7 +78,8 @@ class _Child:
         self.before = 0  # bytes, at its beginning
         self.files = tempfile.TemporaryDirectory(prefix="helios-faults-")
         self.errors = (Path(self.files.name) / "log").open("w+b")
-        command = [sys.executable, "-m", "faults.child", str(good), "--seed", seed, "--first", str(first)]
+        command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), "-m", "faults.child", str(good)]
+        command += ["--seed", seed, "--first", str(first)]
         command += ["--planted"] * planted + (["--family", family] if family else [])
         env = {**os.environ, "PYTHONPATH": str(TESTS), "TMPDIR": self.files.name, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
