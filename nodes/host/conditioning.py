@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import node_helpers
-from torch import Tensor
 
 from ...helios_core.video import HistorySeed
+from .latent import is_plain
 
 SEED_KEY = "helios_history"
 
@@ -36,8 +36,8 @@ def check_conditioning(conditioning: Any, socket: str) -> None:
 
 def _is_entry(entry: Any) -> bool:
     match entry:
-        case [Tensor() as embedding, dict()]:
-            return not embedding.is_nested
+        case [embedding, dict()]:
+            return is_plain(embedding)
     return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import comfy.latent_formats
 import comfy.model_management
@@ -29,13 +29,18 @@ def to_vae_space(latents: Tensor) -> Tensor:
     return latents.to(comfy.model_management.intermediate_device())
 
 
+def is_plain(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor with numbers of its own: no nested or sparse one, none that is only described."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_meta)
+
+
 def check_latent(latent: Any, socket: str, *, values: bool = True, whole_chunks: bool = True) -> Tensor:
     """The samples (B, 16, T, H, W) of a LATENT, T in whole chunks of 9. Raises ValueError, with the socket's name.
 
     Without `values` its numbers do not count, as where only its shape does.
     """
     samples = latent.get("samples") if isinstance(latent, dict) else None
-    if not isinstance(samples, Tensor) or samples.is_nested:
+    if not is_plain(samples):
         raise ValueError(
             f"`{socket}` got no LATENT with one tensor of samples. Connect Helios History Injection or Helios Chunked "
             "Sampler."

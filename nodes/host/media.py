@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, FRAME_RATE, LATENT_CHANNELS, SPATIAL_SCALE
 from ...helios_core.video import ImageHistory, VideoHistory
-from .latent import normalise
+from .latent import is_plain, normalise
 from .out_of_memory import check_room
 from .progress import check_interrupt
 from .vae import WANTED
@@ -23,7 +23,7 @@ IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, tor
 
 def check_images(images: Any) -> None:
     """Raise ValueError for what is no batch of images (F, H, W, 1..4 channels)."""
-    if not isinstance(images, Tensor) or images.is_nested:
+    if not is_plain(images):
         raise ValueError(
             f"The images are a value of the type {type(images).__name__}; expected an IMAGE. Connect the IMAGE output "
             "of a node such as Load Image."

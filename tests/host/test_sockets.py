@@ -77,6 +77,8 @@ LATENTS = {
     "no samples": ({"noise_mask": torch.zeros(1)}, "no LATENT"),
     "samples that are a list": ({"samples": [torch.zeros(1, 16, 9, 8, 8)]}, "no LATENT"),
     "nested samples": ({"samples": torch.nested.nested_tensor([torch.zeros(16, 9, 8, 8)])}, "no LATENT"),
+    "sparse samples": ({"samples": torch.zeros(1, 16, 9, 8, 8).to_sparse()}, "no LATENT"),
+    "samples without numbers": ({"samples": torch.zeros(1, 16, 9, 8, 8, device="meta")}, "no LATENT"),
     "a single number": ({"samples": torch.tensor(1.0)}, r"shape \(\)"),
     "an image's": ({"samples": torch.zeros(1, 16, 8, 8)}, r"shape \(1, 16, 8, 8\); expected \(batch, 16,"),
     "Wan 2.2's": ({"samples": torch.zeros(1, 48, 9, 8, 8)}, r"shape \(1, 48, 9, 8, 8\)"),
