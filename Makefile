@@ -17,9 +17,12 @@ HOST := build/comfyui/.complete
 endif
 export BROWSER COMFYUI_PATH HELIOS_MODELS HELIOS_WORKFLOW
 
-ENVIRONMENT := $(VENV)/.installed
-PY := $(VENV)/bin/python
-BIN := $(VENV)/bin
+# A path may hold spaces: make wants them escaped in a target, the shell in quotes.
+space := $(subst ,, )
+escaped = $(subst $(space),\ ,$(1))
+ENVIRONMENT := $(call escaped,$(VENV))/.installed
+PY := "$(VENV)/bin/python"
+BIN := "$(VENV)/bin"
 
 .PHONY: bench bench-gpu help setup browser demo test test-core test-host test-server test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
 
@@ -40,16 +43,16 @@ help:
 	@echo "make bench-gpu    the 14B model's shape on this GPU; PYTHON_GPU names a Python with torch"
 	@echo "make pictures     the workflows' pictures anew, from runs in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
-	@echo "make clean        remove the environment and everything that was built"
+	@echo "make clean        remove what was built, and the environment if make setup has made it"
 
 setup: $(ENVIRONMENT) $(HOST) browser
 
-$(ENVIRONMENT): requirements.txt tests/requirements/common.txt $(HOST_REQUIREMENTS) scripts/setup_env.sh
+$(ENVIRONMENT): requirements.txt tests/requirements/common.txt $(call escaped,$(HOST_REQUIREMENTS)) scripts/setup_env.sh
 	scripts/setup_env.sh "$(PYTHON)" "$(VENV)" "$(HOST_REQUIREMENTS)"
-	@touch $@
+	@touch "$@"
 
 build/comfyui/.complete: scripts/setup_host.sh | $(ENVIRONMENT)
-	scripts/setup_host.sh "$(PY)" build/comfyui
+	scripts/setup_host.sh $(PY) build/comfyui
 
 browser: $(ENVIRONMENT)
 ifneq ($(BROWSER),0)
@@ -87,7 +90,7 @@ bench: $(ENVIRONMENT) $(HOST)
 # Needs no environment of ours: any Python with PyTorch for the card.
 PYTHON_GPU ?= $(PYTHON)
 bench-gpu:
-	@$(PYTHON_GPU) benchmarks/gpu.py
+	@"$(PYTHON_GPU)" benchmarks/gpu.py
 
 pictures: setup
 	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
@@ -114,4 +117,5 @@ format: $(ENVIRONMENT)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache
+	@scripts/remove_env.sh "$(VENV)"

