@@ -30,10 +30,10 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 SIGMA_MAX = 0.999
 TRAIN_STEPS = 1000
 PATCH = 2  # a token covers 1 x 2 x 2 latents
-# Outside of these a shift turns float64 sigmas into 1, 0 or NaN.
+# Outside of these a shift turns float64 sigmas into 1, 0 or NaN: exp(30) is 1e13.
 MU_RANGE: dict[str | None, tuple[float, float]] = {
-    "linear": (0, 1e12),
-    "exponential": (-math.log(1e12), math.log(1e12)),
+    "linear": (0.0, 1e13),
+    "exponential": (-30.0, 30.0),
     None: (-math.inf, math.inf),
 }
 GAMMA_MAX = 1 / 3  # of four values, no two can be correlated more negatively
