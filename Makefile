@@ -24,7 +24,7 @@ ENVIRONMENT := $(call escaped,$(VENV))/.installed
 PY := "$(VENV)/bin/python"
 BIN := "$(VENV)/bin"
 
-.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak lint format clean
+.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -37,6 +37,7 @@ help:
 	@echo "                                                           VENV name its requirements and environment"
 	@echo "make bench-memory host memory of offloading, ours beside diffusers'"
 	@echo "make soak         a server killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
+	@echo "make fuzz         spoilt files, widgets, sockets and saved chunks for FUZZ_SECONDS (600), by FUZZ_SEED"
 	@echo "make bench        speed against diffusers on this CPU; rows go to build/bench.json"
 	@echo "make gpu          all that needs a CUDA card: tests, the 14B model's shape, decoding, offloading, each with a"
 	@echo "                  file in build/gpu; a further run goes on with what is not finished. PYTHON_GPU names a"
@@ -80,6 +81,13 @@ test-%: setup  # any other folder of tests/
 
 soak: $(ENVIRONMENT) $(HOST)
 	HELIOS_KILLS=$(KILLS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_stream.py -k killed
+
+# FUZZ_CASE=<number> runs one case of a seed again, FUZZ_FAMILY=<name> only those of a family (tests/faults/cases.py).
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= helios
+fuzz: $(ENVIRONMENT) $(HOST)
+	FUZZ_SECONDS="$(FUZZ_SECONDS)" FUZZ_SEED="$(FUZZ_SEED)" "$(BIN)/pytest" -c tests/pytest.ini --rootdir tests -s \
+	    tests/faults -k every_fault
 
 bench: $(ENVIRONMENT) $(HOST)
 	@$(PY) benchmarks/speed.py

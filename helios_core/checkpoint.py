@@ -5,17 +5,21 @@ Only headers are read here; `safetensors_file.read_tensors` then reads the tenso
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 
 from .config import TransformerConfig, Variant
-from .safetensors_file import DTYPES, PICKLES, CheckpointError, StoredTensor, read_headers, some
+from .json_file import parse_json, read_json, read_json_if_there
+from .quoting import quoted
+from .regular_file import CheckpointError, FileFacts
+from .safetensors_file import DTYPES, PICKLES, SHOWN, StoredTensor, read_headers, read_index, some
 from .transformer import HeliosTransformer
 
 CONFIG_KEY, VARIANT_KEY = "helios_config", "helios_variant"  # in the metadata of files that we write
@@ -35,6 +39,7 @@ RENAMES = tuple(
         (r"^scale_shift_table$", "norm_out.scale_shift_table"),
     )
 )
+BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,8})\.(.+)")  # number of a block, and a tensor's name in it
 HISTORY_PATCHES = ("patch_short.weight", "patch_mid.weight", "patch_long.weight")  # no other model has them
 QUANTISED = re.compile(
     r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map|weight_packed)$"
@@ -63,6 +68,11 @@ class Checkpoint:
     variant: Variant | None  # None where the files do not say
     tensors: Mapping[str, StoredTensor]
 
+    @property
+    def files(self) -> frozenset[FileFacts]:
+        """The files that hold the weights, as they were when they were opened."""
+        return frozenset(tensor.source for tensor in self.tensors.values())
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check the headers of a .safetensors file, a transformer folder or an official repository's folder.
@@ -71,11 +81,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     another shape. Key layouts and prefixes: diffusers' (older ones included) and ComfyUI's repack.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, never raises
         raise CheckpointError(f"{path} does not exist. Give a .safetensors file or a folder of a Helios repository.")
     if "transformer_ode" in (path.absolute().name, path.absolute().parent.name):
         raise CheckpointError(f"{path} is not the model that makes videos. Give the folder that holds transformer_ode.")
-    folder = _transformer_folder(path) if path.is_dir() else None
+    folder = _transformer_folder(path) if os.path.isdir(path) else None
     stored, metadata = read_headers([path] if folder is None else _weight_files(folder))
     _refuse_foreign(path, stored)
     tensors = _canonical(path, stored)
@@ -92,22 +102,26 @@ def target_dtypes(config: TransformerConfig, dtype: torch.dtype) -> dict[str, to
 
 def _transformer_folder(path: Path) -> Path:
     """The folder that holds the weights. An official one's `transformer_ode/`, another model, is never looked into."""
-    return path / "transformer" if (path / "transformer").is_dir() else path
+    return path / "transformer" if os.path.isdir(path / "transformer") else path
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The one safetensors file of a folder, or all the shards that its index names."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read ({error.strerror}). Check its permissions.") from error
+    indices = [x for x in paths if x.name.endswith(".safetensors.index.json")]
+    files = [x for x in paths if x.name.endswith(".safetensors")]
     usual = folder / "diffusion_pytorch_model.safetensors"
     if indices:
-        return _shards(next((x for x in indices if x.stem == f"{usual.name}.index"), indices[0]))
+        return read_index(next((x for x in indices if x.stem == f"{usual.name}.index"), indices[0]))
     if usual in files or len(files) == 1:
         return [usual if usual in files else files[0]]
     if files:
         names = some([f.name for f in files])
         raise CheckpointError(f"{folder} holds several files ({names}) and no index of shards. Give one of the files.")
-    if pickles := sorted(f.name for f in folder.iterdir() if f.suffix.lower() in PICKLES):
+    if pickles := [x.name for x in paths if x.suffix.lower() in PICKLES]:
         raise CheckpointError(
             f"{folder} has its weights as pickles only ({some(pickles)}), and opening one can run any code in it. "
             "Download the .safetensors files."
@@ -117,39 +131,11 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    where = _read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise CheckpointError(f"{index} has no 'weight_map' that names the shards. Download it again.")
-    for name in where.values():
-        # Lexical on purpose: a download cache links the shards to files elsewhere, an index must not point there.
-        if not isinstance(name, str) or re.search(r"[/\\:\0]", name) or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{index} names {name!r}, which is no .safetensors file in its own folder. Not opened."
-            )
-    shards = [index.parent / name for name in sorted(set(where.values()))]
-    if missing := [shard.name for shard in shards if not shard.exists()]:
-        raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {some(missing)}. Download them."
-        )
-    return shards
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not text
-        raise CheckpointError(f"{file} is no valid JSON ({error}). Download it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds no JSON object. Download it again.")
-    return values
-
-
 def _refuse_foreign(path: Path, stored: Collection[str]) -> None:
     if not any(key.endswith(HISTORY_PATCHES) for key in stored):
         for pattern, looks_like in FOREIGN:
             if key := next(filter(pattern.search, stored), None):
-                raise CheckpointError(f"{path} is no Helios model: {key!r} is a key of {looks_like}.")
+                raise CheckpointError(f"{path} is no Helios model: {quoted(key)} is a key of {looks_like}.")
         raise CheckpointError(
             f"{path} is no Helios model: none of its {len(stored)} tensors is {' or '.join(HISTORY_PATCHES)}. "
             f"It begins with {some(list(stored))}. Give the transformer of a Helios repository."
@@ -172,7 +158,9 @@ def _canonical(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Stor
         for pattern, replacement in RENAMES:
             name = pattern.sub(replacement, name)
         if name in tensors:
-            raise CheckpointError(f"{path} holds {name!r} twice, as {tensors[name].key!r} and {key!r}. Remove one.")
+            raise CheckpointError(
+                f"{path} holds {quoted(name)} twice, as {quoted(tensors[name].key)} and {quoted(key)}. Remove one."
+            )
         tensors[name] = tensor
     return tensors
 
@@ -181,21 +169,22 @@ def _config(
     path: Path, folder: Path | None, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]
 ) -> TransformerConfig:
     """From the folder's config.json, else from the file's metadata, else from the shapes."""
-    source = f"metadata {CONFIG_KEY!r} of {path}"
+    source = f"what the shapes of the tensors in {path} tell"
     try:
-        if folder is not None and (file := folder / "config.json").exists():
-            source, values = str(file), _read_json(file)
+        if folder is not None and os.path.exists(file := folder / "config.json"):
+            source, values = str(file), read_json(file)
             if (model := values.get("_class_name", "HeliosTransformer3DModel")) != "HeliosTransformer3DModel":
-                raise ValueError(f"it describes a {model}")
+                raise ValueError(f"it describes a {quoted(model)}")
         elif CONFIG_KEY in metadata:
-            values = json.loads(metadata[CONFIG_KEY])
+            source, values = f"metadata {CONFIG_KEY!r} of {path}", parse_json(metadata[CONFIG_KEY].encode())
         else:
             return _inferred_config(path, tensors)
         return TransformerConfig.from_dict(values)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{source} is not the configuration of a Helios transformer: {error}.") from error
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"{source} is not the configuration of a Helios transformer: {reason}.") from error
 
 
 def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> TransformerConfig:
@@ -204,7 +193,7 @@ def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> Transfo
 
     def size(name: str, axis: int, default: int) -> int:
         shape = tensors[name].shape if name in tensors else ()
-        return shape[axis] if axis < len(shape) else default
+        return (shape[axis] if axis < len(shape) else 0) or default
 
     width = size("patch_embedding.weight", 0, usual.inner_dim)
     if width % HEAD_DIM:
@@ -222,7 +211,7 @@ def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> Transfo
         text_dim=size("condition_embedder.text_embedder.linear_1.weight", 1, usual.text_dim),
         freq_dim=size("condition_embedder.time_embedder.linear_1.weight", 1, usual.freq_dim),
         ffn_dim=size("blocks.0.ffn.net.0.proj.weight", 0, usual.ffn_dim),
-        num_layers=len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        num_layers=len({found[1] for found in map(BLOCK.fullmatch, tensors) if found}) or usual.num_layers,
         cross_attn_norm=any(name.endswith(".norm2.weight") for name in tensors),
         is_amplify_history=key_scale is not None,
         history_scale_mode="scalar" if key_scale is not None and key_scale.shape == (1,) else "per_head",
@@ -230,16 +219,28 @@ def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> Transfo
 
 
 def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTensor]) -> None:
-    expected = {k: tuple(v.shape) for k, v in HeliosTransformer(config, device="meta").state_dict().items()}
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [tensor.key for name, tensor in tensors.items() if name not in expected]
-    if missing or unexpected:
+    # One block is built, without memory: how many there are said to be is not believed before they are seen.
+    weights = HeliosTransformer(replace(config, num_layers=1), device="meta").state_dict()
+    block = {found[2]: tuple(x.shape) for name, x in weights.items() if (found := BLOCK.fullmatch(name))}
+    others = {name: tuple(x.shape) for name, x in weights.items() if not BLOCK.fullmatch(name)}
+
+    def expected(name: str) -> tuple[int, ...] | None:
+        if (found := BLOCK.fullmatch(name)) is None:
+            return others.get(name)
+        return block.get(found[2]) if int(found[1]) < config.num_layers else None
+
+    unexpected = [tensor.key for name, tensor in tensors.items() if expected(name) is None]
+    total = len(others) + config.num_layers * len(block)
+    if (missing := total - len(tensors) + len(unexpected)) or unexpected:
+        names = itertools.chain(others, (f"blocks.{i}.{name}" for i in range(config.num_layers) for name in block))
+        lacking = list(itertools.islice((name for name in names if name not in tensors), SHOWN))
         raise CheckpointError(
             f"{path} does not fit a Helios transformer of {config.num_layers} blocks: "
-            f"{len(missing)} of {len(expected)} tensors are missing{': ' if missing else ''}{some(missing)}; "
-            f"{len(unexpected)} are unexpected{': ' if unexpected else ''}{some(unexpected)}. Download it again."
+            f"{missing} of {total} tensors are missing{': ' if missing else ''}{some(lacking, missing)}; "
+            f"{len(unexpected)} are unexpected{': ' if unexpected else ''}{some(unexpected)}. "
+            "Take config.json and weights from the same repository, and all of them."
         )
-    if wrong := [f"{t.key} {t.shape} for {expected[k]}" for k, t in tensors.items() if t.shape != expected[k]]:
+    if wrong := [f"{t.key} {t.shape} for {expected(k)}" for k, t in tensors.items() if t.shape != expected(k)]:
         raise CheckpointError(
             f"{path} has {len(wrong)} tensors of another shape than its configuration says: {some(wrong)}. "
             "Take config.json and weights from the same repository."
@@ -257,15 +258,19 @@ def read_variant(path: Path, metadata: Mapping[str, str] | None = None) -> Varia
     if (variant := metadata.get(VARIANT_KEY)) is not None:
         if variant not in get_args(Variant):
             raise CheckpointError(
-                f"{path} says in its metadata that it is {variant!r}, which is none of {some(get_args(Variant))}. "
-                "Convert it again with scripts/convert_checkpoint.py."
+                f"{path} says in its metadata that it is {quoted(variant)}, which is none of "
+                f"{some(get_args(Variant))}. Convert it again with scripts/convert_checkpoint.py."
             )
         return cast(Variant, variant)
-    index, scheduler = (path / name for name in ("model_index.json", "scheduler/scheduler_config.json"))
-    pipeline = _read_json(index) if index.exists() else {}
-    schedule = _read_json(scheduler) if scheduler.exists() else {}
+    pipeline = read_json_if_there(path / "model_index.json")
+    schedule = read_json_if_there(path / "scheduler" / "scheduler_config.json")
     if not pipeline and not schedule:
         return None
+    if not isinstance(pipeline.get("is_distilled", False), bool):
+        raise CheckpointError(
+            f"{path / 'model_index.json'} has is_distilled {quoted(pipeline['is_distilled'])}, which is neither true "
+            "nor false. Download it again."
+        )
     if pipeline.get("is_distilled") or schedule.get("_class_name") == "HeliosDMDScheduler":
         return "distilled"
     if name := pipeline.get("_class_name"):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from .quoting import quoted
 
 Variant = Literal["base", "mid", "distilled"]
 
@@ -25,6 +28,12 @@ FIXED: dict[str, Any] = {
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
 }
+LARGEST = 65536  # of any size of a network; its largest matrix can still be counted
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a finite number; to Python true and false were numbers too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def num_chunks(frames: int) -> int:
@@ -61,16 +70,24 @@ class TransformerConfig:
         sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
         sizes |= {f"{name}[{i}]": getattr(self, name)[i] for name in ("patch_size", "rope_dim") for i in range(3)}
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")
+            if type(value) is not int or not 1 <= value <= LARGEST:
+                raise ValueError(f"{name} must be a whole number from 1 to {LARGEST}, got {quoted(value)}.")
         for name, known in FIXED.items():
             if (value := getattr(self, name)) != known:
                 raise ValueError(f"{name} is {value}; every published Helios has {known}, and no other is supported.")
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim must be even, half cosines and half sines, got {self.freq_dim}.")
+        if self.inner_dim > LARGEST:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} times attention_head_dim {self.attention_head_dim} "
+                f"must be at most {LARGEST}."
+            )
+        for name in (f.name for f in dataclasses.fields(self) if f.type == "bool"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {quoted(getattr(self, name))}.")
         for name in ("eps", "rope_theta"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}.")
+            if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a number above 0, got {quoted(getattr(self, name))}.")
         if sum(self.rope_dim) != self.attention_head_dim or any(axis % 2 for axis in self.rope_dim):
             raise ValueError(
                 f"rope_dim {self.rope_dim} must be three even numbers that add up to "
@@ -79,7 +96,8 @@ class TransformerConfig:
         if not self.has_multi_term_memory_patch:
             raise ValueError("has_multi_term_memory_patch is false: such a checkpoint has no history, it is no Helios.")
         if self.history_scale_mode not in ("scalar", "per_head"):
-            raise ValueError(f"history_scale_mode must be 'scalar' or 'per_head', got {self.history_scale_mode!r}.")
+            mode = quoted(self.history_scale_mode)
+            raise ValueError(f"history_scale_mode must be 'scalar' or 'per_head', got {mode}.")
 
     @property
     def inner_dim(self) -> int:
@@ -92,7 +110,7 @@ class TransformerConfig:
         for name in ("patch_size", "rope_dim"):
             given = values.get(name, ())
             if name in values and (not isinstance(given, (list, tuple)) or len(given) != 3):
-                raise ValueError(f"{name} must be three whole numbers, got {given!r}.")
+                raise ValueError(f"{name} must be three whole numbers, got {quoted(given)}.")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**fields)
 

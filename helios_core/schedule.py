@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import CHUNK_LATENTS, PATCH, SPATIAL_SCALE, Variant
+from .config import CHUNK_LATENTS, NATIVE_HEIGHT, NATIVE_WIDTH, PATCH, SPATIAL_SCALE, Variant, is_number
 from .drift import AntiDrift
 from .guidance import cfg, cfg_zero_star
+from .quoting import quoted
 
 Solver = Literal["unipc", "euler", "dmd"]
 Guidance = Literal["cfg", "cfg_zero_star"]
@@ -32,7 +33,12 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 SIGMA_MAX = 0.999
 TRAIN_STEPS = 1000
-MU_MAX = 30.0  # of an exponential shift before UniPC: from 30.5 on it rounds a sigma of 0.999 to 1, without log-SNR
+# Outside of these a shift turns float64 sigmas into 1, 0 or NaN: exp(30) is 1e13, and exp(30.5) rounds 0.999 to 1.
+MU_RANGE: dict[str | None, tuple[float, float]] = {
+    "linear": (0.0, 1e13),
+    "exponential": (-30.0, 30.0),
+    None: (-math.inf, math.inf),
+}
 GAMMA_MAX = 1 / 3  # of four values, no two can be correlated more negatively
 
 
@@ -64,7 +70,11 @@ class Schedule:
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {quoted(value)}.")
+        for name in ("gamma", "stage_range", "shift_tokens", "shift_mu"):
+            values = getattr(self, name) if name != "gamma" else (self.gamma,)
+            if not isinstance(values, tuple) or not all(map(is_number, values)):
+                raise ValueError(f"{name} must be made of finite numbers, got {quoted(getattr(self, name))}.")
         if not self.steps or any(steps < 1 for steps in self.steps):
             raise ValueError(f"Every stage needs at least 1 step, got {self.steps}.")
         if len(self.steps) > 1 and len(self.steps) != len(self.stage_range) - 1:
@@ -77,8 +87,17 @@ class Schedule:
                 f"gamma must be above 0 and at most 1/3, got {self.gamma}: noise that is correlated more than that "
                 "within 2 x 2 blocks does not exist."
             )
-        if list(self.stage_range) != sorted(set(self.stage_range)):
-            raise ValueError(f"stage_range must ascend, got {self.stage_range}.")
+        points = [int(min(max(x, 0), 1) * TRAIN_STEPS) for x in self.stage_range]
+        if points != sorted(set(points)) or (*self.stage_range[:1], *self.stage_range[-1:]) != (0, 1):
+            raise ValueError(
+                f"stage_range must ascend from 0 to 1 by more than {1 / TRAIN_STEPS} at a time, got "
+                f"{quoted(self.stage_range)}."
+            )
+        if not 0 < self.shift_tokens[0] < self.shift_tokens[1]:
+            raise ValueError(
+                "shift_tokens (base_image_seq_len, max_image_seq_len) must ascend from above 0, got "
+                f"{self.shift_tokens}."
+            )
         if self.solver == "dmd" and len(self.steps) == 1:
             raise ValueError("The DMD solver re-noises within the stages of a pyramid; give steps for each stage.")
         if self.amplify_first_chunk and self.solver != "dmd":
@@ -110,13 +129,7 @@ class Schedule:
                 f"{width}x{height} is no size the {self.variant} schedule can make: width and height must be "
                 f"multiples of {multiple}. The nearest that works is {good[0]}x{good[1]}."
             )
-        tokens = stage_tokens(self, len(self.steps) - 1, height // SPATIAL_SCALE, width // SPATIAL_SCALE)
-        if (self.solver, self.time_shift) == ("unipc", "exponential") and dynamic_shift_mu(tokens, self) > MU_MAX:
-            raise ValueError(
-                f"{width}x{height} is too large for the {self.variant} schedule: its shift grows with the number of "
-                "pixels, until UniPC cannot tell its first step from pure noise. Choose a smaller size; the models "
-                "were trained at 640x384."
-            )
+        stages(self, height // SPATIAL_SCALE, width // SPATIAL_SCALE, first_chunk=True)  # raises if it has no steps
 
     def guide(self, cond: Tensor, uncond: Tensor) -> Tensor:
         """The guided flow from the flows of both prompts, (B, 16, 9, h, w)."""
@@ -159,18 +172,28 @@ FIXED: dict[str, Any] = {
 
 
 def schedule_from_config(variant: Variant, scheduler: Mapping[str, Any], model_index: Mapping[str, Any]) -> Schedule:
-    """The variant's preset, corrected by a repository's `scheduler_config.json` and `model_index.json`."""
+    """The variant's preset, corrected by a repository's `scheduler_config.json` and `model_index.json`.
+
+    Raises ValueError for what is not known or cannot be sampled.
+    """
     preset = PRESETS[variant]
     for name, known in {**FIXED, "stages": len(preset.steps)}.items():
         if (value := scheduler.get(name, known)) != known:
             raise ValueError(
-                f"scheduler_config.json has {name} {value!r}; only {known!r} is known for Helios-{variant.title()}."
+                f"scheduler_config.json has {name} {quoted(value)}; only {known!r} is known for "
+                f"Helios-{variant.title()}."
             )
     time_shift = scheduler.get("time_shift_type", preset.time_shift or "exponential")
+    dynamic = scheduler.get("use_dynamic_shifting", preset.time_shift is not None)
+    zero_star = model_index.get("is_cfg_zero_star", preset.guidance == "cfg_zero_star")
+    for name, value in (("use_dynamic_shifting", dynamic), ("is_cfg_zero_star", zero_star)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {quoted(value)}.")
+    stage_range = scheduler.get("stage_range", preset.stage_range)
     changes: dict[str, Any] = {
-        "time_shift": time_shift if scheduler.get("use_dynamic_shifting", preset.time_shift is not None) else None,
+        "time_shift": time_shift if dynamic else None,
         "gamma": scheduler.get("gamma", preset.gamma),
-        "stage_range": tuple(scheduler.get("stage_range", preset.stage_range)),
+        "stage_range": tuple(stage_range) if isinstance(stage_range, list) else stage_range,
         "shift_tokens": (
             scheduler.get("base_image_seq_len", preset.shift_tokens[0]),
             scheduler.get("max_image_seq_len", preset.shift_tokens[1]),
@@ -182,9 +205,10 @@ def schedule_from_config(variant: Variant, scheduler: Mapping[str, Any], model_i
     }
     if preset.solver != "dmd":
         changes["solver"] = scheduler.get("scheduler_type", preset.solver)
-        zero_star = model_index.get("is_cfg_zero_star", preset.guidance == "cfg_zero_star")
         changes["guidance"] = "cfg_zero_star" if zero_star else "cfg"
-    return replace(preset, **changes)
+    schedule = replace(preset, **changes)
+    schedule.check_size(NATIVE_HEIGHT, NATIVE_WIDTH)
+    return schedule
 
 
 @dataclass(frozen=True)
@@ -219,7 +243,10 @@ def shift_time(sigmas: Tensor, kind: TimeShift | None, mu: float) -> Tensor:
 
 
 def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tuple[Stage, ...]:
-    """Resolve a schedule for chunks of 9 latent frames; height and width are the latents' at full resolution."""
+    """Resolve a schedule for chunks of 9 latent frames; height and width are the latents' at full resolution.
+
+    Raises ValueError where that many latents are shifted out of all steps.
+    """
     result = []
     for index, steps in enumerate(schedule.steps):
         tokens = stage_tokens(schedule, index, height, width)
@@ -232,7 +259,15 @@ def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tu
         else:
             grid = np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
         sigmas = torch.cat([torch.from_numpy(grid), torch.zeros(1, dtype=torch.float64)])
-        sigmas = shift_time(sigmas, schedule.time_shift, dynamic_shift_mu(tokens, schedule))
+        mu = dynamic_shift_mu(tokens, schedule)
+        lowest, highest = MU_RANGE[schedule.time_shift]
+        if not lowest < mu < highest:
+            raise ValueError(
+                f"The schedule shifts a stage of {tokens} tokens by {mu:.4g}, which leaves it no steps to take "
+                f"({schedule.time_shift}: above {lowest:.4g} and below {highest:.4g}). Make a smaller video, or take "
+                "the shifts in scheduler_config.json from the model's repository."
+            )
+        sigmas = shift_time(sigmas, schedule.time_shift, mu)
         if not schedule.is_pyramid:
             timesteps = sigmas[:-1] * TRAIN_STEPS
         elif schedule.time_shift is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..helios_core.quoting import quoted
 from .host.compat import advanced, schema
+from .host.widgets import checked
 
 BACKENDS = ("inductor", "cudagraphs")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -45,12 +47,14 @@ class HeliosCompile(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, backend="inductor", mode="default") -> io.NodeOutput:
         from .host.compile import compile_blocks  # torch's compiler takes seconds to import
 
         if backend not in BACKENDS or mode not in MODES:
             raise ValueError(
-                f"backend is {' or '.join(BACKENDS)} and mode one of {', '.join(MODES)}; got {backend!r} and {mode!r}."
+                f"backend must be {' or '.join(BACKENDS)} and mode one of {', '.join(MODES)}, "
+                f"got {quoted(backend)} and {quoted(mode)}."
             )
         return io.NodeOutput(compile_blocks(model, backend, mode, cls.hidden.unique_id))
 

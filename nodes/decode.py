@@ -10,6 +10,8 @@ from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from .host.compat import schema
 from .host.decode import decode_chunks
 from .host.memory import offloaded_vae, offloading
+from .host.vae import check_vae
+from .host.widgets import checked
 from .offload import DECODE_TOOLTIP, offload_inputs
 
 
@@ -68,9 +70,11 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, latent, vae, trim, drop_first=0, crossfade=0, group_offload="off", blocks_per_group=1
     ) -> io.NodeOutput:
+        check_vae(vae)
         with offloaded_vae(vae, offloading(group_offload, blocks_per_group, "disk")) as decoder:
             images = decode_chunks(latent, decoder, trim, drop_first, crossfade)
         return io.NodeOutput(images, float(FRAME_RATE))

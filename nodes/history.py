@@ -18,12 +18,15 @@ from ..helios_core.config import (
     num_chunks,
 )
 from ..helios_core.history import HistoryLayout
+from ..helios_core.schedule import PATCH
 from ..helios_core.video import NOISE_SIGMAS, HistorySeed, VideoState
 from .host.compat import advanced, schema
-from .host.conditioning import set_history
+from .host.conditioning import check_conditioning, set_history
 from .host.latent import STATE_KEY, follow
 from .host.media import Fit, encode_image, encode_video, needed_frames, prepare_images, video_frames
 from .host.progress import clear_warning, warn
+from .host.vae import check_vae
+from .host.widgets import checked
 
 
 def sigma_input(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -142,6 +145,7 @@ class HeliosHistoryInjection(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         positive: list,
@@ -167,6 +171,9 @@ class HeliosHistoryInjection(io.ComfyNode):
         history_short: int = HISTORY_SIZES[2],
     ) -> io.NodeOutput:
         clear_warning(cls.hidden.unique_id)
+        check_conditioning(positive, "positive")
+        check_conditioning(negative, "negative")
+        check_pixel_size(width, height)
         check_sources(vae, start_image=start_image, video=video, previous=previous)
         chunks = num_chunks(frames)
         seed = HistorySeed(
@@ -203,6 +210,17 @@ class HeliosHistoryInjection(io.ComfyNode):
         )
 
 
+def check_pixel_size(width: int, height: int) -> None:
+    """Raise ValueError for a size that no schedule can make; which ones a pyramid can, its schedule knows."""
+    multiple = SPATIAL_SCALE * PATCH
+    if width % multiple or height % multiple:
+        good = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+        raise ValueError(
+            f"{width}x{height} is no size a video can have: width and height must be multiples of {multiple}. The "
+            f"nearest that works is {good[0]}x{good[1]}."
+        )
+
+
 def check_sources(vae: Any, **sources: Any) -> None:
     """Raise ValueError for inputs that exclude each other, or a picture without the VAE to encode it."""
     given = [name for name, value in sources.items() if value is not None]
@@ -210,8 +228,10 @@ def check_sources(vae: Any, **sources: Any) -> None:
         raise ValueError(
             f"{' and '.join(given)} are connected, and a video can begin from one thing only. Disconnect all but one."
         )
-    if vae is None and given and given[0] != "previous":
-        raise ValueError(f"{given[0]} is connected without a VAE to encode it. Connect the Wan 2.1 VAE to `vae`.")
+    if given and given[0] != "previous":
+        if vae is None:
+            raise ValueError(f"{given[0]} is connected without a VAE to encode it. Connect the Wan 2.1 VAE to `vae`.")
+        check_vae(vae)
 
 
 def batch_of(images: int, batch_size: int) -> int:

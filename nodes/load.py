@@ -7,13 +7,16 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..helios_core.quoting import quoted
 from .host.compat import advanced, schema
 from .host.folder import load_text_encoder, load_vae
+from .host.graph_key import fingerprint
 from .host.guard import listable
 from .host.memory import WEIGHTS_IN, Offloading, offloading
 from .host.model import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
 from .host.official import find_folder, list_folders, read_schedule
 from .host.progress import Notes
+from .host.widgets import checked
 from .offload import offload_inputs
 from .schedule import HeliosScheduleSocket
 
@@ -46,6 +49,17 @@ def weights_in_input() -> io.Combo.Input:
 
 def dtype_input() -> io.Combo.Input:
     return io.Combo.Input("dtype", options=list(DTYPE_CHOICES), default="auto", tooltip=DTYPE_TOOLTIP)
+
+
+def find_model(name: Any) -> str:
+    """The path of a file in models/diffusion_models. ValueError for a name of none."""
+    path = folder_paths.get_full_path("diffusion_models", name) if isinstance(name, str) and "\0" not in name else None
+    if path is None:
+        raise ValueError(
+            f"There is no model {quoted(name)} in models/diffusion_models. Put it there and refresh the page (R), or "
+            "choose another."
+        )
+    return path
 
 
 def load(path: str, dtype: DtypeChoice, how: Offloading | None, weights_in: str, notes: Notes) -> Any:
@@ -81,10 +95,14 @@ class HeliosModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model_name=None, **_) -> str:
+        return fingerprint(model_name)
+
+    @classmethod
+    @checked
     def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        return io.NodeOutput(load(path, dtype, how, weights_in, Notes(cls.hidden.unique_id)))
+        return io.NodeOutput(load(find_model(model_name), dtype, how, weights_in, Notes(cls.hidden.unique_id)))
 
 
 class HeliosDiffusersLoader(io.ComfyNode):
@@ -119,6 +137,11 @@ class HeliosDiffusersLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, folder=None, **_) -> str:
+        return fingerprint(folder)
+
+    @classmethod
+    @checked
     def execute(cls, folder, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         path = find_folder(folder)

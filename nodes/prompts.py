@@ -13,10 +13,12 @@ from comfy_api.latest import io
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from ..helios_core.video import PromptTrack
 from .host.compat import schema
+from .host.conditioning import check_conditioning
 from .host.memory import offloaded_clip, offloading
 from .host.progress import Notes, tell
 from .host.prompts import INCREMENT, find_track, fingerprint, read_prompts, set_track, text_files
 from .host.text import encode_prompt
+from .host.widgets import checked
 from .offload import offload_inputs
 from .text import NEGATIVE, POSITIVE
 
@@ -91,6 +93,7 @@ class HeliosPromptSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, clip, unit, blend, negative, before=None, group_offload="off", blocks_per_group=1, **slots
     ) -> io.NodeOutput:
@@ -160,6 +163,7 @@ def _used_slots(slots: Mapping[str, Any]) -> list[tuple[str, float]]:
 def _track_before(before: list | None) -> PromptTrack:
     if before is None:
         return PromptTrack((), (), 0)
+    check_conditioning(before, "before")
     track = find_track(before)
     if track is None:
         raise ValueError(
@@ -233,6 +237,7 @@ class HeliosPromptFromFile(io.ComfyNode):
         return fingerprint(file)
 
     @classmethod
+    @checked
     def execute(cls, file, index) -> io.NodeOutput:
         prompts = read_prompts(file)
         index %= len(prompts)

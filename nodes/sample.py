@@ -10,6 +10,7 @@ from .host.collect import collect
 from .host.compat import schema
 from .host.progress import clear_warning, warn
 from .host.start import frames_asked, prepare, sampled, variant_warning
+from .host.widgets import checked
 from .schedule import HeliosScheduleSocket
 
 
@@ -75,6 +76,7 @@ class HeliosChunkedSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
         guider = prepare("Helios Chunked Sampler", model, positive, negative, latent, schedule, seed, seed_mode)
         clear_warning(cls.hidden.unique_id)

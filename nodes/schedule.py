@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from ..helios_core.drift import AntiDrift
 from ..helios_core.schedule import BASE, DISTILLED, MID
 from .host.compat import advanced, schema
+from .host.schedule import check_schedule
+from .host.widgets import checked
 
 HeliosScheduleSocket = io.Custom("HELIOS_SCHEDULE")
 
@@ -83,6 +85,7 @@ class HeliosBaseSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, steps, guidance_scale, solver) -> io.NodeOutput:
         return io.NodeOutput(replace(BASE, steps=(steps,), guidance_scale=guidance_scale, solver=solver))
 
@@ -119,6 +122,7 @@ class HeliosPyramidSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, steps_stage_1, steps_stage_2, steps_stage_3, guidance_scale, zero_init, zero_steps, shift_level
     ) -> io.NodeOutput:
@@ -159,6 +163,7 @@ class HeliosDistilledSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, steps_stage_1, steps_stage_2, steps_stage_3, amplify_first_chunk, shift_level) -> io.NodeOutput:
         return io.NodeOutput(
             replace(
@@ -199,9 +204,10 @@ class HeliosAntiDrift(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, schedule, mean_momentum, var_momentum, mean_threshold, var_threshold, strength) -> io.NodeOutput:
         anti_drift = AntiDrift(mean_momentum, var_momentum, mean_threshold, var_threshold, strength)
-        return io.NodeOutput(replace(schedule, anti_drift=anti_drift))
+        return io.NodeOutput(replace(check_schedule(schedule), anti_drift=anti_drift))
 
 
 NODES = [HeliosBaseSchedule, HeliosPyramidSchedule, HeliosDistilledSchedule, HeliosAntiDrift]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
+import folder_paths
 from comfy_api.latest import io
 
-from ..helios_core.config import CHUNK_FRAMES
+from ..helios_core.config import CHUNK_FRAMES, SPATIAL_SCALE
 from .decode import frame_inputs
 from .host.compat import advanced, schema
 from .host.decode import shown_frames
@@ -14,8 +16,10 @@ from .host.memory import GROUP_OFFLOAD, offloaded_vae, offloading
 from .host.progress import Notes
 from .host.run_folder import FOLDER, KEPT_RUNS
 from .host.start import prepare, sampled, variant_warning
-from .host.stream import VideoWriter, check_vae, pick_up, stream
-from .host.video_file import BIT_DEPTHS, finished_video
+from .host.stream import VideoWriter, pick_up, stream
+from .host.vae import check_vae
+from .host.video_file import BIT_DEPTHS, check_target, finished_video
+from .host.widgets import checked
 from .offload import DECODE_TOOLTIP
 from .sample import model_inputs, seed_input, seed_mode_input
 
@@ -99,6 +103,7 @@ class HeliosStreamVideo(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model,
@@ -122,6 +127,8 @@ class HeliosStreamVideo(io.ComfyNode):
             raise ValueError(f"overlap_decode must be one of {', '.join(OVERLAP)}, got {overlap_decode!r}.")
         check_vae(vae)
         guider = prepare("Helios Stream Video", model, positive, negative, latent, schedule, seed, seed_mode)
+        *_, height, width = (side * SPATIAL_SCALE for side in guider.chunk_shape)
+        check_target(Path(folder_paths.get_temp_directory()), width, height)
         shown = shown_frames(latent, guider.chunks, trim, drop_first)
         how = offloading(vae_offload, weights_in="disk")
         notes = Notes(cls.hidden.unique_id)

@@ -10,6 +10,7 @@ from .host.compat import schema
 from .host.memory import offloaded_clip, offloading
 from .host.progress import Notes
 from .host.text import encode_prompt
+from .host.widgets import checked
 from .offload import offload_inputs
 
 POSITIVE = (
@@ -64,6 +65,7 @@ class HeliosTextEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, clip: Any, positive: str, negative: str, group_offload: str = "off", blocks_per_group: int = 1
     ) -> io.NodeOutput:

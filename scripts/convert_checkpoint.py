@@ -19,7 +19,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helios_core.checkpoint import CONFIG_KEY, VARIANT_KEY, Checkpoint, open_checkpoint, target_dtypes
 from helios_core.config import Variant
-from helios_core.safetensors_file import DTYPES, CheckpointError, read_tensors
+from helios_core.regular_file import CheckpointError
+from helios_core.safetensors_file import DTYPES, read_tensors
 
 CHOICES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}

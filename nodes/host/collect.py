@@ -10,12 +10,15 @@ from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.generate import Chunk
 from .guider import HeliosGuider
 from .latent import to_vae_space
+from .out_of_memory import check_room
 
 
 def collect(guider: HeliosGuider) -> Tensor:
     """Run the guider; latents (B, 16, 9 * chunks, H, W) in VAE space, float32, on the host's intermediate device."""
     b, channels, frames, height, width = guider.chunk_shape
     device = comfy.model_management.intermediate_device()
+    needed = torch.float32.itemsize * b * channels * frames * guider.chunks * height * width
+    check_room(f"The latents of {guider.chunks} chunks", needed, device)
     video = torch.empty((b, channels, frames * guider.chunks, height, width), device=device)
 
     def keep(chunk: Chunk) -> None:

@@ -48,10 +48,11 @@ def compile_blocks(patcher: Any, backend: str, mode: str, node_id: str | None) -
 
     Where it cannot be done the node says so, and the MODEL comes back as it is. Raises ValueError for other models.
     """
-    if not isinstance(patcher.model, HeliosModel):
+    model = getattr(patcher, "model", patcher)
+    if not isinstance(model, HeliosModel):
         raise ValueError(
-            f"Helios Compile needs a Helios model, got {type(patcher.model).__name__}. "
-            "For others there is ComfyUI's own TorchCompileModel."
+            f"Helios Compile needs a Helios model, got {type(model).__name__}. "
+            "Connect one of our loaders, or take ComfyUI's own TorchCompileModel for others."
         )
     notes = Notes(node_id)
     if reason := why_not(patcher.load_device, backend):

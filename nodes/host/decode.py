@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 from torch import Tensor
 
-from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS
-from .latent import video_state
+from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
+from .latent import check_latent, video_state
+from .out_of_memory import check_room
 from .progress import check_interrupt
+from .vae import WANTED
 
 
 def decode_chunk(vae: Any, samples: Tensor) -> Tensor:
     """One item's chunk (1, 16, 9, H, W) in VAE space -> its 33 frames (33, 8H, 8W, 3) in 0..1."""
-    return vae.decode(samples)[0]
+    frames = vae.decode(samples)[0]
+    expected = (CHUNK_FRAMES, *(side * SPATIAL_SCALE for side in samples.shape[3:]), 3)
+    if tuple(frames.shape) != expected:
+        raise ValueError(
+            f"The VAE made images of the shape {tuple(frames.shape)}; expected {expected}. Connect {WANTED}."
+        )
+    return frames
 
 
 def shown_frames(latent: dict[str, Any], chunks: int, trim: bool, drop_first: int) -> tuple[int, int]:
@@ -36,15 +45,17 @@ def decode_chunks(
     frames asked for, then `drop_first` takes frames off the beginning. `crossfade` frames of each chunk but the first
     come out of the last frame before it, which hides a jump and keeps the length.
     """
-    samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[2] % CHUNK_LATENTS or not samples.numel():
-        raise ValueError(
-            f"The LATENT has the shape {tuple(samples.shape)}; expected (batch, 16, a multiple of {CHUNK_LATENTS}, "
-            "height, width), as Helios Chunked Sampler makes it."
-        )
+    samples = check_latent(latent, "latent")
     batch, chunks = samples.shape[0], samples.shape[2] // CHUNK_LATENTS
     first, end = shown_frames(latent, chunks, trim, drop_first)
 
+    height, width = (side * SPATIAL_SCALE for side in samples.shape[3:])
+    check_room(
+        f"{batch * (end - first)} frames of {width}x{height}",
+        batch * (end - first) * height * width * 3 * torch.float32.itemsize,
+        comfy.model_management.intermediate_device(),
+        "Take Helios Stream Video, whose memory does not grow with the length, or decode fewer frames.",
+    )
     bar = comfy.utils.ProgressBar(batch * chunks)
     images: Tensor | None = None
     for item in range(batch):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import sentencepiece
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...helios_core.safetensors_file import some
+from ...helios_core.json_file import read_json
+from ...helios_core.quoting import quoted
+from ...helios_core.regular_file import CheckpointError, open_regular
+from ...helios_core.safetensors_file import DTYPES, StoredTensor, read_headers, read_index, read_tensors, some
 
 LATENT_CHANNELS = 16
 DOWNLOAD = "Download it from the same Helios repository (BestWishYsh/Helios-Distilled, -Mid or -Base)."
@@ -34,6 +38,9 @@ UMT5_FIXED = {
 # By the presence and shape of this tensor the host (0.3.75: last axis, 0.24: first) tells UMT5-XXL from other encoders.
 UMT5_MARK = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 UMT5_NORM = "encoder.final_layer_norm.weight"  # the host makes the encoder in the dtype of this tensor
+UMT5_BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
+LARGEST_SIZE = 2**20  # of any number in the configuration; the vocabulary has 256,384
+MAX_SENTENCEPIECE = 64 * 2**20  # bytes; UMT5's has 4.5 MB
 
 WAN_VAE_FIXED = {
     "z_dim": (LATENT_CHANNELS,),
@@ -44,6 +51,9 @@ WAN_VAE_FIXED = {
     "is_residual": (False,),
     "patch_size": (None,),
 }
+# In the original's names: the last layer, by whose width the host builds all, and one that grows with its square.
+WAN_VAE_MARK, WAN_VAE_LARGE = "decoder.head.0.gamma", "decoder.middle.0.residual.2.weight"
+SIZE_MISMATCH = re.compile(r"size mismatch for ([^:\s]+):")  # as torch says it
 # diffusers' names for parts of the Wan 2.1 VAE -> those of the original, which the host knows.
 WAN_VAE_NAMES = tuple(
     (re.compile(pattern), name)
@@ -74,12 +84,17 @@ def load_text_encoder(
     """CLIP (type wan) from `folder`/text_encoder and `folder`/tokenizer/spiece.model, its weights in `dtype`.
 
     None keeps 16-bit weights and turns the published fp32 ones into the host's own choice for text encoders. Takes no
-    more memory than the weights in that dtype. Raises ValueError for a missing, incomplete or foreign part.
+    more memory than the weights in that dtype. Raises CheckpointError for a missing, incomplete or foreign part.
     """
     part = _part(folder, "text_encoder")
     config = _config(part, UMT5_FIXED)
-    if missing := UMT5_XXL.keys() - config.keys():
-        raise ValueError(f"{part / 'config.json'} does not say {some(sorted(missing))}. {DOWNLOAD}")
+    for name in UMT5_XXL:
+        if type(size := config.get(name)) is not int or not 1 <= size <= LARGEST_SIZE:
+            raise CheckpointError(
+                f"{part / 'config.json'} has {name} {quoted(size)}, which is no whole number from 1 to "
+                f"{LARGEST_SIZE}. {DOWNLOAD}"
+            )
+    tokenizer = _sentencepiece(folder, config["vocab_size"])
     tensors = _text_tensors(part, config)
     target = dtype or _usual_dtype(tensors[UMT5_NORM].dtype)
     if _host_assigns(disable_dynamic):
@@ -90,11 +105,13 @@ def load_text_encoder(
     options: dict[str, Any] = {}
     if sizes := {name: config[name] for name, xxl in UMT5_XXL.items() if config[name] != xxl}:
         if UMT5_MARK in tensors:
-            raise ValueError(f"{part} holds a UMT5 of 24 or more blocks that is not the XXL one: {sizes}. {DOWNLOAD}")
+            raise CheckpointError(
+                f"{part} holds a UMT5 of 24 or more blocks that is not the XXL one: {sizes}. {DOWNLOAD}"
+            )
         options["umt5xxl_model_config"] = sizes
         tensors[UMT5_MARK] = torch.zeros((), dtype=target).expand(UMT5_XXL["d_ff"], UMT5_XXL["d_model"])
     clip = comfy.sd.load_text_encoder_state_dicts(
-        [{**tensors, "spiece_model": _sentencepiece(folder)}],
+        [{**tensors, "spiece_model": tokenizer}],
         clip_type=comfy.sd.CLIPType.WAN,
         model_options=options,
         **({"disable_dynamic": True} if disable_dynamic else {}),  # 0.3.75 does not know it, and does not ask for it
@@ -104,13 +121,23 @@ def load_text_encoder(
 
 
 def load_vae(folder: Path) -> comfy.sd.VAE:
-    """VAE from `folder`/vae. Raises ValueError for a missing or incomplete part, or one that is no Wan 2.1 VAE."""
+    """VAE from `folder`/vae. Raises CheckpointError for a missing or incomplete part, or one that is no Wan 2.1 VAE."""
     part = _part(folder, "vae")
     _config(part, WAN_VAE_FIXED)
-    tensors = {_original_name(name): t for name, t in _weights(part, "diffusion_pytorch_model").items()}
-    if not tensors.keys() >= {"decoder.middle.0.residual.0.gamma", "decoder.head.0.gamma"}:  # what the host goes by
-        raise ValueError(f"The weights in {part} are not those of a Wan 2.1 VAE. {DOWNLOAD}")
-    vae = comfy.sd.VAE(sd=tensors)
+    stored = {_original_name(name): x for name, x in _stored(part, "diffusion_pytorch_model").items()}
+    if not stored.keys() >= {"decoder.middle.0.residual.0.gamma", WAN_VAE_MARK, WAN_VAE_LARGE}:  # what the host goes by
+        raise CheckpointError(f"The weights in {part} are not those of a Wan 2.1 VAE. {DOWNLOAD}")
+    width = 4 * math.prod(stored[WAN_VAE_MARK].shape)
+    if stored[WAN_VAE_LARGE].shape != (width, width, 3, 3, 3):  # or the host builds what the file does not hold
+        wrong = [f"{WAN_VAE_LARGE} {stored[WAN_VAE_LARGE].shape} for {(width, width, 3, 3, 3)}"]
+        raise _misshapen(part, "a Wan 2.1 VAE", wrong)
+    tensors = _tensors(stored)
+    try:
+        vae = comfy.sd.VAE(sd=tensors)
+    except RuntimeError as error:
+        if wrong := SIZE_MISMATCH.findall(str(error)):
+            raise _misshapen(part, "a Wan 2.1 VAE", wrong) from error
+        raise
     _check_names(part, tensors.keys(), vae.get_sd().keys())
     vae.patcher.cached_patcher_init = (_vae_patcher, (folder,))
     return vae
@@ -125,16 +152,21 @@ def _vae_patcher(folder: Path, disable_dynamic: bool = False) -> Any:
 
 
 def _text_tensors(part: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    tensors = _weights(part, "model")
-    embedding = tensors.pop("encoder.embed_tokens.weight", None)  # the same weights under a second name
+    stored = _stored(part, "model")
+    embedding = stored.pop("encoder.embed_tokens.weight", None)  # the same weights under a second name
     if embedding is not None:
-        tensors.setdefault("shared.weight", embedding)
+        stored.setdefault("shared.weight", embedding)
+    blocks = len({found[1] for found in map(UMT5_BLOCK.match, stored) if found})
+    if blocks != config["num_layers"]:  # before so many are listed
+        raise CheckpointError(
+            f"{part / 'config.json'} says that there are {config['num_layers']} blocks, but the weights have {blocks}. "
+            f"{DOWNLOAD}"
+        )
     expected = _umt5_shapes(config)
-    _check_names(part, tensors.keys(), expected.keys())
-    wrong = [f"{k} {tuple(t.shape)} for {expected[k]}" for k, t in tensors.items() if tuple(t.shape) != expected[k]]
-    if wrong:
-        raise ValueError(f"{part} has weights of another shape than its config.json says: {some(wrong)}. {DOWNLOAD}")
-    return tensors
+    _check_names(part, stored.keys(), expected.keys())
+    if wrong := [f"{k} {x.shape} for {expected[k]}" for k, x in stored.items() if x.shape != expected[k]]:
+        raise _misshapen(part, "its config.json says", wrong)
+    return _tensors(stored)
 
 
 def _umt5_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -165,11 +197,23 @@ def _host_assigns(disable_dynamic: bool) -> bool:
     return patcher is not comfy.model_patcher.ModelPatcher and not disable_dynamic
 
 
-def _sentencepiece(folder: Path) -> Tensor:
+def _sentencepiece(folder: Path, vocabulary: int) -> Tensor:
+    """The tokenizer's file, after checking that the text encoder has an embedding for each of its pieces."""
     file = _part(folder, "tokenizer") / "spiece.model"
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: the tokenizer of the text encoder. {DOWNLOAD}")
-    return torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    with open_regular(file) as (stream, facts):
+        if facts.size > MAX_SENTENCEPIECE:
+            raise CheckpointError(f"{file} has {facts.size} bytes, too many for a tokenizer. {DOWNLOAD}")
+        content = stream.read(MAX_SENTENCEPIECE)
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size() if content else 0
+    except RuntimeError as error:  # it is no sentencepiece model
+        raise CheckpointError(f"{file} is damaged ({error}). {DOWNLOAD}") from error
+    if not 0 < pieces <= vocabulary:
+        raise CheckpointError(
+            f"{file} has {pieces} pieces, but the text encoder knows {vocabulary}: they do not belong together. "
+            f"{DOWNLOAD}"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _original_name(name: str) -> str:
@@ -184,64 +228,45 @@ def _original_name(name: str) -> str:
 
 def _part(folder: Path, name: str) -> Path:
     part = Path(folder) / name
-    if not part.is_dir():
-        raise ValueError(f"{folder} has no folder {name!r}. {DOWNLOAD}")
+    if not os.path.isdir(part):
+        raise CheckpointError(f"{folder} has no folder {name!r}. {DOWNLOAD}")
     return part
 
 
 def _config(part: Path, fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """`part`/config.json. Raises ValueError where it has another value than those that the host can build."""
-    values = _read_json(part / "config.json")
+    """`part`/config.json. Raises CheckpointError where it has another value than those that the host can build."""
+    values = read_json(part / "config.json")
     for name, allowed in fixed.items():
         if values.get(name, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{part / 'config.json'} has {name} {values[name]!r}, but the {part.name} of Helios has "
+            raise CheckpointError(
+                f"{part / 'config.json'} has {name} {quoted(values[name])}, but the {part.name} of Helios has "
                 f"{' or '.join(map(repr, allowed))}. {DOWNLOAD}"
             )
     return values
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing. {DOWNLOAD}")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON ({error}). {DOWNLOAD}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no JSON object. {DOWNLOAD}")
-    return values
-
-
-def _weights(part: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors of a part, mapped to the files they are in."""
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(part, stem):
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: weights of the {part.name}. {DOWNLOAD}")
-        try:
-            with safe_open(file, framework="pt") as stored:
-                tensors |= {name: stored.get_tensor(name) for name in stored.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or no safetensors file ({error}). {DOWNLOAD}") from error
-    return tensors
-
-
-def _weight_files(part: Path, stem: str) -> list[Path]:
+def _stored(part: Path, stem: str) -> dict[str, StoredTensor]:
+    """What the weight files of a part hold."""
     index = part / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        return [part / f"{stem}.safetensors"]
-    names = set((_read_json(index).get("weight_map") or {}).values())
-    # Only names are judged: a download cache links to files elsewhere, an index must not point there.
-    if not names or not all(isinstance(n, str) and re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names):
-        raise ValueError(f"{index} does not name the .safetensors files beside it. {DOWNLOAD}")
-    return [part / name for name in sorted(names)]
+    stored, _ = read_headers(read_index(index) if os.path.exists(index) else [part / f"{stem}.safetensors"])
+    if unreadable := [name for name, x in stored.items() if x.dtype not in DTYPES.values()]:
+        raise CheckpointError(f"{part} stores {some(unreadable)} in a type that is none of {some(DTYPES)}. {DOWNLOAD}")
+    return stored
+
+
+def _tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """All tensors, mapped to the files they are in."""
+    return dict(read_tensors(stored, lambda name: stored[name].dtype))
+
+
+def _misshapen(part: Path, expected: str, wrong: list[str]) -> CheckpointError:
+    return CheckpointError(f"{part} has weights of another shape than {expected}: {some(wrong)}. {DOWNLOAD}")
 
 
 def _check_names(part: Path, given: Any, expected: Any) -> None:
     missing, unexpected = sorted(expected - given), sorted(given - expected)
     if missing or unexpected:
-        raise ValueError(
+        raise CheckpointError(
             f"The weights in {part} do not fit: {len(missing)} missing{': ' if missing else ''}{some(missing)}; "
             f"{len(unexpected)} unexpected{': ' if unexpected else ''}{some(unexpected)}. {DOWNLOAD}"
         )

@@ -1,11 +1,16 @@
-"""What makes the latents of a graph: one key for everything upstream of a node, the files it names included."""
+"""What makes the latents of a graph: one key for everything upstream of a node, the files it names included.
+
+Between the time when a file is loaded and the time when the key is made it may be replaced. What a key says is still
+true of what was loaded: the host notes a fingerprint of each loader's files as the graph starts and loads those that
+have another one than before, `graph_key` refuses files that have changed since then, and the guider a MODEL whose files
+have changed since they were opened.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,8 @@ from typing import Any
 import folder_paths
 from comfy_execution.graph_utils import is_link
 
+from ...helios_core.quoting import quoted
+from ...helios_core.regular_file import FileFacts, facts_of
 from . import official
 
 KEY_FORMAT = "helios graph 2"  # raised when the same graph gives other latents than before
@@ -26,7 +33,7 @@ NOT_LATENTS = {
     "HeliosStreamVideo": OFFLOAD
     | {"vae", "fps", "crf", "bit_depth", "trim", "drop_first", "resume", "overlap_decode", "vae_offload"},
 }
-UNUSED_FOLDERS = ("transformer_ode",)  # of an official repository
+LOADERS = {"HeliosModelLoader": "model_name", "HeliosDiffusersLoader": "folder"}  # and the input that names files
 
 Prompt = dict[str, dict[str, Any]]  # the host's API format: node id -> class_type, inputs
 
@@ -35,9 +42,9 @@ def graph_key(prompt: Prompt, node_id: str) -> str:
     """64 hexadecimal digits, the same wherever the nodes upstream of node_id, their inputs and files are the same.
 
     Node ids, titles and positions do not count. Raises KeyError for a node that is not in the prompt, as when a node
-    expands into others.
+    expands into others, and ValueError where files of a loader have changed since the graph was started.
     """
-    files = FileFacts()
+    files = NamedFiles()
     known: dict[str, str] = {}
 
     def digest(node: str) -> str:
@@ -45,7 +52,8 @@ def graph_key(prompt: Prompt, node_id: str) -> str:
             kind, inputs = prompt[node]["class_type"], prompt[node]["inputs"]
             kept = {name: inputs[name] for name in inputs if name not in NOT_LATENTS.get(kind, ())}
             values = {name: resolve(value) for name, value in kept.items()}
-            named = [[text, files.of(text)] for text in sorted(set(_texts(list(kept.values()))))]
+            named = [[text, files.lasting(text)] for text in sorted(set(_texts(list(kept.values()))))]
+            _check_as_started(prompt[node], files)
             known[node] = _sha256([KEY_FORMAT, kind, values, named])
         return known[node]
 
@@ -55,41 +63,53 @@ def graph_key(prompt: Prompt, node_id: str) -> str:
     return digest(node_id)
 
 
-class FileFacts:
-    """Size and time of every file that a text may name: in the input folder, a model folder, or an official folder."""
+def fingerprint(name: Any) -> str:
+    """Changes with the files that a loader's input names; the host loads anew where it has."""
+    return NamedFiles().fingerprint(name)
+
+
+class NamedFiles:
+    """Every file that a text may name: in the input folder, a model folder, or an official folder."""
 
     def __init__(self) -> None:
         self.official = set(official.list_folders())
 
-    def of(self, text: str) -> list[Any]:
-        """[folder, name, size, mtime in ns] of each file; empty for a text that names none."""
-        if not text or "\0" in text:
-            return []
-        found = []
-        annotated = Path(folder_paths.get_annotated_filepath(text))
-        if os.path.isfile(annotated):  # unlike Path.is_file, never raises, however long the text
-            found.append(["input", *_facts(annotated, text)])
-        for kind in sorted(folder_paths.folder_names_and_paths):
-            with contextlib.suppress(ValueError):  # on Windows, of a text that begins like another drive's path
-                if path := folder_paths.get_full_path(kind, text):
-                    found.append([kind, *_facts(Path(path), text)])
+    def of(self, text: str) -> Iterator[tuple[str, str, FileFacts]]:
+        """(kind of folder, name, facts) of each file; none for a text that names none."""
         if text in self.official:
             folder = official.find_folder(text)
-            for path in sorted(_used_files(folder)):
-                found.append(["diffusers", *_facts(path, path.relative_to(folder).as_posix())])
-        return found
+            for path in official.used_files(folder):
+                if facts := facts_of(path):  # a download that was cut off leaves links to nothing
+                    yield "diffusers", path.relative_to(folder).as_posix(), facts
+            return
+        if not text or "\0" in text:
+            return
+        if facts := facts_of(Path(folder_paths.get_annotated_filepath(text))):
+            yield "input", text, facts
+        for kind in sorted(folder_paths.folder_names_and_paths):
+            with contextlib.suppress(ValueError):  # on Windows, of a text that begins like another drive's path
+                path = folder_paths.get_full_path(kind, text)
+                if path and (facts := facts_of(Path(path))):
+                    yield kind, text, facts
+
+    def lasting(self, text: str) -> list[Any]:
+        """What is the same after a restart: an inode's number need not be, on some file systems."""
+        return [[kind, name, facts.size, facts.mtime_ns] for kind, name, facts in self.of(text)]
+
+    def fingerprint(self, text: Any) -> str:
+        """Everything about the files that `check_unchanged` goes by."""
+        files = self.of(text) if isinstance(text, str) else ()
+        return _sha256([[kind, name, facts.size, facts.mtime_ns, facts.inode] for kind, name, facts in files])
 
 
-def _used_files(folder: Path) -> Iterator[Path]:
-    for parent, names, files in os.walk(folder, followlinks=True):
-        names[:] = [name for name in names if name not in UNUSED_FOLDERS and not name.startswith(".")]
-        paths = (Path(parent) / file for file in files if not file.startswith("."))
-        yield from (path for path in paths if path.exists())  # a download that was cut off leaves links to nothing
-
-
-def _facts(path: Path, name: str) -> tuple[str, int, int]:
-    status = path.stat()
-    return name, status.st_size, status.st_mtime_ns
+def _check_as_started(node: dict[str, Any], files: NamedFiles) -> None:
+    """Raise ValueError where a loader's files have another fingerprint than the host noted as the graph started."""
+    name = node["inputs"].get(LOADERS.get(node["class_type"]))
+    if name is not None and "is_changed" in node and node["is_changed"] != [files.fingerprint(name)]:
+        raise ValueError(
+            f"The files of {quoted(name)} have changed since this graph was started. Run it again: they are then "
+            "loaded anew, and chunks of old and new files stay apart."
+        )
 
 
 def _texts(value: Any) -> Iterator[str]:

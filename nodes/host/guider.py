@@ -19,6 +19,7 @@ from ...helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS
 from ...helios_core.generate import Chunk, PredictFlow, Step, generate
 from ...helios_core.guidance import cfg, cfg_zero_star, projection
 from ...helios_core.history import History, Memory
+from ...helios_core.regular_file import check_unchanged
 from ...helios_core.schedule import TRAIN_STEPS, Schedule, stages
 from .cache import CACHE_KEY, RunCache, can_cache, text_bytes_per_token
 from .memory import release
@@ -92,6 +93,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         The patchers `beside` are loaded together with the model. on_step is called after each step.
         """
         self.on_chunk, self.on_step = on_chunk, on_step
+        check_unchanged(self.model_patcher.model.files)
         # The host sizes memory by the noise it is given: one chunk, however long the video. Noise is drawn in the loop.
         noise = torch.zeros(self.chunk_shape)
         plan = stages(self.schedule, noise.shape[-2], noise.shape[-1], first_chunk=False)
@@ -188,6 +190,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
 
     def bind_chunk(self, index: int, history: History) -> PredictFlow:
         """Predict with this history and the chunk's prompt: the host's conds, with these in their model_conds."""
+        check_unchanged(self.model_patcher.model.files)
         extra = history_conds(history, self.memory.layout)
         prompts = {}  # where they lie in memory: comparing them on the device would wait for it
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import comfy.latent_formats
 import comfy.model_management
@@ -15,6 +15,7 @@ from ...helios_core.history import Memory, keep_last
 from ...helios_core.video import HistorySeed, VideoState
 
 STATE_KEY = "helios"
+LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def normalise(latents: Tensor) -> Tensor:
@@ -26,6 +27,46 @@ def to_vae_space(latents: Tensor) -> Tensor:
     """From normalised space to VAE space, as LATENT sockets have it: float32 on the host's intermediate device."""
     latents = latents.to(comfy.model_management.intermediate_device())
     return comfy.latent_formats.Wan21().process_out(latents.float())
+
+
+def is_plain(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor with numbers of its own: no nested or sparse one, none that is only described."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_nested or value.is_meta)
+
+
+def check_latent(latent: Any, socket: str, *, values: bool = True, whole_chunks: bool = True) -> Tensor:
+    """The samples (B, 16, T, H, W) of a LATENT, T in whole chunks of 9. Raises ValueError, with the socket's name.
+
+    Without `values` its numbers do not count, as where only its shape does.
+    """
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if not is_plain(samples):
+        raise ValueError(
+            f"`{socket}` got no LATENT with one tensor of samples. Connect Helios History Injection or Helios Chunked "
+            "Sampler."
+        )
+    shape, frames = tuple(samples.shape), f"a multiple of {CHUNK_LATENTS}" if whole_chunks else "frames"
+    if (
+        len(shape) != 5
+        or shape[1] != LATENT_CHANNELS
+        or (whole_chunks and shape[2] % CHUNK_LATENTS)
+        or not samples.numel()
+    ):
+        raise ValueError(
+            f"The LATENT on `{socket}` has the shape {shape}; expected (batch, {LATENT_CHANNELS}, {frames}, height / 8,"
+            " width / 8), as Helios History Injection and Helios Chunked Sampler make it."
+        )
+    if samples.dtype not in LATENT_DTYPES:
+        raise ValueError(
+            f"The LATENT on `{socket}` holds {samples.dtype}; expected numbers in float32, or in 16 bits. Connect it "
+            "as Helios Chunked Sampler makes it."
+        )
+    if values and not torch.stack(samples.aminmax()).isfinite().all():
+        raise ValueError(
+            f"The LATENT on `{socket}` holds NaN or infinite values: what made it went wrong. Make it anew, with "
+            "another dtype or without a LoRA."
+        )
+    return samples
 
 
 def video_state(latent: dict[str, Any]) -> VideoState | None:
@@ -51,8 +92,8 @@ def follow(seed: HistorySeed, latent: dict[str, Any]) -> tuple[HistorySeed, Memo
     A LATENT that lost its key, as the host's Save Latent drops it, is followed on from its last latents: the anchor is
     then its first one, and how its noise was drawn is not known. Raises ValueError for one that was never sampled.
     """
-    carried, samples = latent.get(STATE_KEY), latent["samples"]
-    state = video_state(latent)
+    samples = check_latent(latent, "previous", values=False, whole_chunks=False)
+    carried, state = latent.get(STATE_KEY), video_state(latent)
     if state is not None and state.memory is not None:
         seed = replace(seed, source=state.memory, first_index=state.next_chunk, rng_state=state.rng_state)
         return seed, state.memory, True
@@ -61,11 +102,6 @@ def follow(seed: HistorySeed, latent: dict[str, Any]) -> tuple[HistorySeed, Memo
             "The LATENT on `previous` was never sampled: it comes straight from Helios History Injection. "
             "Connect the latent of a Helios Chunked Sampler."
         )
-    if samples.ndim != 5 or samples.shape[1] != LATENT_CHANNELS or not samples.numel():
-        raise ValueError(
-            f"The LATENT on `previous` has the shape {tuple(samples.shape)}; expected (batch, {LATENT_CHANNELS}, "
-            "frames, height / 8, width / 8), as Helios Chunked Sampler makes it."
-        )
-    latents = normalise(samples)
+    latents = normalise(check_latent(latent, "previous", whole_chunks=False))
     memory = Memory(keep_last(latents, seed.layout.frames), latents[:, :, :1], seed.layout)
     return replace(seed, source=memory, first_index=max(1, samples.shape[2] // CHUNK_LATENTS)), memory, False

@@ -12,10 +12,31 @@ from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, FRAME_RATE, LATENT_CHANNELS, SPATIAL_SCALE
 from ...helios_core.video import ImageHistory, VideoHistory
-from .latent import normalise
+from .latent import is_plain, normalise
+from .out_of_memory import check_room
 from .progress import check_interrupt
+from .vae import WANTED
 
 Fit = Literal["crop", "pad", "stretch"]
+IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)
+
+
+def check_images(images: Any) -> None:
+    """Raise ValueError for what is no batch of images (F, H, W, 1..4 channels)."""
+    if not is_plain(images):
+        raise ValueError(
+            f"The images are a value of the type {type(images).__name__}; expected an IMAGE. Connect the IMAGE output "
+            "of a node such as Load Image."
+        )
+    if images.ndim != 4 or 0 in images.shape or images.shape[-1] > 4:
+        raise ValueError(
+            f"The images have the shape {tuple(images.shape)}; expected (frames, height, width, 1 to 4 channels), none "
+            "of them 0. Connect the IMAGE output of a node such as Load Image."
+        )
+    if images.dtype not in IMAGE_DTYPES:
+        raise ValueError(
+            f"The images are {images.dtype}; expected float in 0..1 or uint8 in 0..255. Convert them before this node."
+        )
 
 
 def prepare_images(images: Tensor, width: int, height: int, fit: Fit) -> Tensor:
@@ -26,16 +47,11 @@ def prepare_images(images: Tensor, width: int, height: int, fit: Fit) -> Tensor:
     """
     if fit not in get_args(Fit):  # the host (0.3.75) lets any value of a V3 combo pass
         raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, got {fit!r}.")
-    if images.ndim != 4 or 0 in images.shape or images.shape[-1] > 4:
-        raise ValueError(
-            f"The images have the shape {tuple(images.shape)}; expected (frames, height, width, 1 to 4 channels), none "
-            "of them 0. Connect the IMAGE output of a node such as Load Image."
-        )
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(
-            f"The images are {images.dtype}; expected float in 0..1 or uint8 in 0..255. Convert them before this node."
-        )
-    prepared = torch.zeros((len(images), height, width, 3), device=images.device)
+    check_images(images)
+    shape = (len(images), height, width, 3)
+    needed = math.prod(shape) * torch.float32.itemsize
+    check_room(f"{len(images)} images of {width}x{height}", needed, images.device)
+    prepared = torch.zeros(shape, device=images.device)
     # One by one: a long video in its own size may not fit into memory a second time.
     for number, (image, canvas) in enumerate(zip(images, prepared, strict=True), start=1):
         check_interrupt()
@@ -89,18 +105,33 @@ def video_frames(video: Any) -> Tensor:
     A VIDEO of another rate keeps its duration: each new frame is what the video shows in the middle of its time.
     """
     if isinstance(video, Tensor):
+        check_images(video)
         return video
-    components = video.get_components()
-    images, rate = components.images, Fraction(components.frame_rate)
-    if rate <= 0:
+    if not callable(getattr(video, "get_components", None)):
         raise ValueError(
-            f"The video has {rate} frames a second; expected more than 0. Connect its frames as IMAGE instead."
+            f"`video` got a value of the type {type(video).__name__}; expected a VIDEO or IMAGE. Connect the output of "
+            "a node such as Load Video."
         )
+    components = video.get_components()
+    images, rate = components.images, _frame_rate(components.frame_rate)
     if rate == FRAME_RATE or len(images) == 0:
         return images
     step = rate / FRAME_RATE
     count = max(1, round(len(images) / step))
+    check_room(f"The video's {count} frames at {FRAME_RATE} a second", count * images[:1].nbytes, images.device)
     return images[[min(int((i + Fraction(1, 2)) * step), len(images) - 1) for i in range(count)]]
+
+
+def _frame_rate(rate: Any) -> Fraction:
+    try:
+        exact = Fraction(rate)
+    except (TypeError, ValueError, OverflowError):  # None, NaN, infinity
+        exact = Fraction(0)
+    if exact <= 0:
+        raise ValueError(
+            f"The video has {rate} frames a second; expected more than 0. Connect its frames as IMAGE instead."
+        )
+    return exact
 
 
 def encode_image(vae: Any, images: Tensor) -> ImageHistory:
@@ -152,8 +183,7 @@ def _encode(vae: Any, frames: Tensor, bar: comfy.utils.ProgressBar) -> Tensor:
     expected = (1, LATENT_CHANNELS, length, *(side // SPATIAL_SCALE for side in frames.shape[1:3]))
     if tuple(latents.shape) != expected:
         raise ValueError(
-            f"The VAE made latents of the shape {tuple(latents.shape)}; expected {expected}, of {LATENT_CHANNELS} "
-            "channels. Connect the Wan 2.1 VAE: the Helios folder's own, or wan_2.1_vae.safetensors."
+            f"The VAE made latents of the shape {tuple(latents.shape)}; expected {expected}. Connect {WANTED}."
         )
     bar.update(1)
     return normalise(latents)

@@ -19,6 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...helios_core.offload import KEEP_BELOW, Level, Offloader
+from ...helios_core.quoting import quoted
 from .guard import printable_log
 
 log = printable_log(__name__)
@@ -46,8 +47,8 @@ def offloading(group_offload: str, blocks_per_group: int = 1, weights_in: str = 
     """What the widgets say; None for `off`. Raises ValueError for other values than theirs."""
     if group_offload not in GROUP_OFFLOAD or weights_in not in WEIGHTS_IN or blocks_per_group < 1:
         raise ValueError(
-            f"group_offload is {' or '.join(GROUP_OFFLOAD)}, weights_in {' or '.join(WEIGHTS_IN)} and "
-            f"blocks_per_group at least 1; got {group_offload!r}, {weights_in!r} and {blocks_per_group}."
+            f"group_offload must be {' or '.join(GROUP_OFFLOAD)}, weights_in {' or '.join(WEIGHTS_IN)} and "
+            f"blocks_per_group at least 1, got {quoted(group_offload)}, {quoted(weights_in)} and {blocks_per_group}."
         )
     if group_offload == "off":
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ from ...helios_core.config import TransformerConfig, Variant
 from ...helios_core.history import History, HistoryLayout, Memory
 from ...helios_core.layers import Block, Modulation
 from ...helios_core.prepared import PreparedText
+from ...helios_core.regular_file import FileFacts
 from ...helios_core.safetensors_file import read_tensors
 from ...helios_core.schedule import TRAIN_STEPS
 from ...helios_core.transformer import LONG_POOL, MID_POOL, BlockText, HeliosTransformer
@@ -146,6 +147,7 @@ class HeliosModel(comfy.model_base.BaseModel):
     """What MODEL sockets carry. `variant` is what the checkpoint says of itself, if it does."""
 
     variant: Variant | None = None
+    files: Collection[FileFacts] = ()  # that its weights were read from, and may still be mapped to
 
     def __init__(self, model_config: HeliosModelConfig, device: Any = None):
         flow = comfy.model_base.ModelType.FLOW
@@ -260,7 +262,7 @@ def load_model(
     config = HeliosModelConfig({"image_model": "helios", "config": checkpoint.config})
     config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES))
     model = config.get_model(None, device="meta")
-    model.variant = checkpoint.variant
+    model.variant, model.files = checkpoint.variant, checkpoint.files
     # Not from the module itself: newer hosts on Windows make a Linear's weights only when they are loaded.
     targets = target_dtypes(checkpoint.config, weight_dtype)
 

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE
+from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
 from ...helios_core.schedule import Schedule
 from ...helios_core.video import HistorySeed, VideoState
-from .conditioning import find_history
+from .conditioning import check_conditioning, find_history
 from .guider import HeliosGuider
-from .latent import STATE_KEY, video_state
+from .latent import STATE_KEY, check_latent, video_state
 from .model import FlowSampling, HeliosModel
+from .out_of_memory import check_room
 from .prompts import find_track
+from .schedule import check_schedule
 
 UNSUPPORTED = {
     "area": "area conditioning",
@@ -38,7 +40,7 @@ def prepare(
 
     Raises ValueError for what cannot be sampled.
     """
-    samples = latent["samples"]
+    samples = check_latent(latent, "latent", values=False)
     chunks = check_sampling(node, model, positive, negative, samples, schedule)
     history_seed = find_history(positive)
     rng = make_rng(history_seed, seed, seed_mode)
@@ -56,26 +58,32 @@ def prepare(
     return guider
 
 
+def check_model(node: str, model_patcher: Any) -> None:
+    """Raise ValueError for a MODEL that is not one of ours, with the name of the node that got it."""
+    model = getattr(model_patcher, "model", model_patcher)
+    if not isinstance(model, HeliosModel):
+        raise ValueError(
+            f"{node} needs a Helios model, got {type(model).__name__}. "
+            "Load one with Helios Model Loader or Helios Diffusers Loader."
+        )
+
+
 def check_sampling(
     node: str, model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule
 ) -> int:
-    """How many chunks the node of this name is to sample.
+    """How many chunks the node of this name is to sample into latents (B, 16, 9k, H, W).
 
     Raises ValueError, before anything is loaded, for what cannot be sampled.
     """
-    if not isinstance(model_patcher.model, HeliosModel):
-        raise ValueError(
-            f"{node} needs a Helios model, got {type(model_patcher.model).__name__}. "
-            "Load one with Helios Model Loader or Helios Diffusers Loader."
-        )
+    check_model(node, model_patcher)
+    check_schedule(schedule)
     if not isinstance(model_patcher.get_model_object("model_sampling"), FlowSampling):
         raise ValueError(
             "The MODEL went through a node that replaces its sampling (such as ModelSamplingSD3). "
             "Take that node out: the shift of Helios is part of its schedule."
         )
-    if not positive:
-        raise ValueError("The positive conditioning is empty. Connect a prompt through Helios History Injection.")
     for name, conditioning in (("positive", positive), ("negative", negative)):
+        check_conditioning(conditioning, name)
         found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
         if found:
             raise ValueError(f"{node} does not support {found} ({name}). Take it out of the graph.")
@@ -86,16 +94,6 @@ def check_sampling(
                 f"The {name} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
                 "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
             )
-    if (
-        latents.ndim != 5
-        or latents.shape[1] != LATENT_CHANNELS
-        or latents.shape[2] % CHUNK_LATENTS
-        or not latents.numel()
-    ):
-        raise ValueError(
-            f"The LATENT has the shape {tuple(latents.shape)}; expected (batch, {LATENT_CHANNELS}, a multiple of "
-            f"{CHUNK_LATENTS}, height / 8, width / 8). Make it with Helios History Injection."
-        )
     schedule.check_size(latents.shape[-2] * SPATIAL_SCALE, latents.shape[-1] * SPATIAL_SCALE)
     chunks = latents.shape[2] // CHUNK_LATENTS
     track = find_track(positive)
@@ -104,7 +102,19 @@ def check_sampling(
             f"The prompts last {sum(track.chunks)} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames)."
             " Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
         )
+    check_memory(model_patcher, latents)
     return chunks
+
+
+def check_memory(model_patcher: Any, latents: Tensor) -> None:
+    """Raise ValueError for latents (B, 16, 9k, H, W) of which the device cannot hold one chunk at work.
+
+    Counted without weights, history and guidance: what is refused here is out of all proportion.
+    """
+    batch, channels, _, height, width = latents.shape
+    needed = model_patcher.model.memory_required((batch, channels, CHUNK_LATENTS, height, width))
+    size = f"{width * SPATIAL_SCALE}x{height * SPATIAL_SCALE} in a batch of {batch}"
+    check_room(f"A chunk of {size}", needed, model_patcher.load_device)
 
 
 def make_rng(history_seed: HistorySeed, seed: int, seed_mode: str) -> torch.Generator:

@@ -12,7 +12,7 @@ import comfy.utils
 import folder_paths
 from torch import Tensor
 
-from ...helios_core.config import CHUNK_FRAMES, LATENT_CHANNELS
+from ...helios_core.config import CHUNK_FRAMES
 from ...helios_core.generate import Chunk
 from .background import Background
 from .decode import decode_chunk
@@ -154,13 +154,3 @@ def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: N
                 "kept). To resume, everything upstream must be as it was: prompts, frames, seed, files."
             )
         yield saved
-
-
-def check_vae(vae: Any) -> None:
-    """Raise ValueError, before anything is sampled, for a VAE that is not Wan 2.1's."""
-    channels = getattr(vae, "latent_channels", LATENT_CHANNELS)
-    if channels != LATENT_CHANNELS or getattr(vae, "latent_dim", 3) != 3:
-        raise ValueError(
-            f"The VAE decodes latents of {channels} channels; expected the video VAE with {LATENT_CHANNELS}. Load the "
-            "Wan 2.1 VAE."
-        )

@@ -50,10 +50,11 @@ def _piece_ids(clip: Any, text: str) -> list[int]:
     Around `clip.tokenize`: even with disable_weights it drops the backslash of an escaped parenthesis, and it looks up
     `embedding:name` in the host's folders. To Helios both are text.
     """
-    if getattr(clip.tokenizer, "clip_name", None) != ENCODER:
+    tokenizer = getattr(clip, "tokenizer", clip)
+    if getattr(tokenizer, "clip_name", None) != ENCODER:
         raise ValueError(
-            f"Helios reads prompts with UMT5-XXL, but this CLIP is a {type(clip.tokenizer).__name__}. Connect the CLIP "
+            f"Helios reads prompts with UMT5-XXL, but this CLIP is a {type(tokenizer).__name__}. Connect the CLIP "
             "of Helios Diffusers Loader, or a CLIPLoader of type 'wan' with a umt5_xxl file."
         )
-    umt5 = getattr(clip.tokenizer, clip.tokenizer.clip)
+    umt5 = getattr(tokenizer, tokenizer.clip)
     return list(umt5.tokenizer(text)["input_ids"])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
+import tempfile
 import time
 import uuid
 import weakref
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
-from .disk import DAY, disk_errors, in_background
+from .disk import DAY, NO_ROOM, disk_errors, in_background
 from .guard import printable_log
 
 log = printable_log(__name__)
@@ -29,8 +33,37 @@ BIT_DEPTHS = tuple(PIXEL_FORMATS)
 # frames come out alike wherever they are read. Numbers of ITU-T H.273.
 PRIMARIES_BT709 = TRANSFER_BT709 = 1
 MATRIX_BT601 = 6
+LONGEST_SIDE = 16384  # pixels that the encoder takes
 OUR_FILE = re.compile(r"helios_[0-9a-f]{32}\.mp4(\.part)?")
 PACKET_CHECK = "The video was written, but its file holds {found} frames instead of {expected}."
+
+
+def check_target(folder: Path, width: int, height: int) -> None:
+    """Before any work, raise ValueError for a size that h264 has not, OSError for a folder that takes no files."""
+    if max(width, height) > LONGEST_SIDE:
+        raise ValueError(
+            f"{width}x{height} is too large for a video in h264: at most {LONGEST_SIDE} pixels a side. Make it smaller."
+        )
+    with folder_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
+@contextlib.contextmanager
+def folder_errors(folder: Path) -> Iterator[None]:
+    """Turn the system's words for a folder that cannot be written to into a sentence; a full disk is told apart."""
+    try:
+        with disk_errors("the video", folder):
+            yield
+    except OSError as error:
+        if error.errno in NO_ROOM or error.errno is None:
+            raise
+        raise OSError(
+            error.errno,
+            f"The video cannot be written to {folder} ({os.strerror(error.errno)}). Make that a folder that ComfyUI "
+            "may write to (--temp-directory names another), leave it alone while the graph runs, and run it again.",
+        ) from error
 
 
 class VideoFile:
@@ -47,16 +80,18 @@ class VideoFile:
         self.container: av.container.OutputContainer | None = None
 
     def write(self, frames: Tensor) -> None:
-        """Append frames (F, H, W, 3) in 0..1. Raises OSError when the disk is full."""
-        with disk_errors("the video", self.part.parent):
+        """Append frames (F, H, W, 3) in 0..1. Raises OSError when the disk is full or the folder gone."""
+        with self._errors():
             if self.container is None:
                 self._open(frames.shape[2], frames.shape[1])
+            elif not self.part.parent.is_dir():  # writing would go on, into a file that nobody sees
+                raise FileNotFoundError(errno.ENOENT, "")
             for frame in frames:
                 self._encode(self._picture(frame))
 
     def finish(self) -> Path:
         """Write what the encoder still holds and give the file its name."""
-        with disk_errors("the video", self.part.parent):
+        with self._errors():
             assert self.container is not None
             self._encode(None)
             container, self.container = self.container, None
@@ -80,6 +115,20 @@ class VideoFile:
             for file in (self.part, self.target):
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        with folder_errors(self.part.parent):
+            try:
+                yield
+            except av.FFmpegError as error:
+                if isinstance(error, OSError):
+                    raise
+                raise ValueError(
+                    f"The h264 encoder does not take this video ({error.strerror}): "
+                    f"{self.stream.width}x{self.stream.height} at {float(self.rate):g} frames a second in "
+                    f"{self.bit_depth} bit. Choose another size, fps or bit_depth."
+                ) from error
 
     def _open(self, width: int, height: int) -> None:
         self.part.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import oracle
-from card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 from comfyui_helios.helios_core import generate as loop
 from comfyui_helios.helios_core import layers
 from comfyui_helios.helios_core import transformer as transformer_module
@@ -23,6 +22,7 @@ from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.pyramid import block_noise, double
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
+from pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 
 CHUNKS = 2
 QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)

@@ -15,7 +15,6 @@ from comfy.conds import CONDCrossAttn
 from comfy.patcher_extension import WrappersMP
 
 import oracle
-from card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, MID
 from comfyui_helios.helios_core.video import PromptTrack
@@ -28,6 +27,7 @@ from comfyui_helios.nodes.host.resume import SavedRun
 from comfyui_helios.nodes.host.video_file import VideoFile
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.stream import HeliosStreamVideo
+from pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 from runs import QUICK, conditioning
 from streams import SETTINGS, run_node
 

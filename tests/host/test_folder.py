@@ -178,7 +178,7 @@ def test_a_missing_shard_is_named(sharded, tmp_path):
     copy = shutil.copytree(sharded, tmp_path / "Helios-Base")
     shard = sorted((copy / "text_encoder").glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+    with pytest.raises(ValueError, match=f"lacks 1 of .* shards: {shard.name}"):
         load_text_encoder(copy)
 
 
@@ -188,7 +188,7 @@ def test_a_missing_shard_is_named(sharded, tmp_path):
 def test_an_index_that_points_elsewhere_is_not_followed(sharded, tmp_path, name):
     copy = shutil.copytree(sharded, tmp_path / "Helios-Base")
     edit(copy / "text_encoder" / "model.safetensors.index.json", weight_map={"shared.weight": name})
-    with pytest.raises(ValueError, match=r"index\.json does not name"):
+    with pytest.raises(ValueError, match=r"index\.json names .* no \.safetensors file in its own folder"):
         load_text_encoder(copy)
 
 
@@ -200,7 +200,7 @@ def test_truncated_or_lacking_or_foreign_weights_are_refused(copy, file, load):
     file = copy / file
     whole, tensors = file.read_bytes(), parse(file.read_bytes())
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="truncated or no safetensors"):
+    with pytest.raises(ValueError, match="is truncated"):
         load(copy)
     name = "encoder.block.1.layer.1.layer_norm.weight" if "text" in str(file) else "decoder.conv_in.bias"
     save_file({k: v for k, v in tensors.items() if k != name}, file)

@@ -55,6 +55,9 @@ class GivenVAE:
     def encode(self, frames):
         return WAN.process_out(self.single if len(frames) == 1 else self.chunks.pop(0))
 
+    def decode(self, samples):
+        raise AssertionError("asked to decode")
+
 
 def run_node(node, *args, **kwargs):
     return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=None)}).execute(*args, **kwargs).result
@@ -130,7 +133,7 @@ def test_a_batch_of_images_makes_a_batch_of_videos(model):
     images = [latents(i, 1) for i in range(2)]
     chunks = [latents(10 + i, 9) for i in range(2)]
 
-    class Each:
+    class Each(GivenVAE):
         def __init__(self):
             self.calls = iter([images[0], chunks[0], images[1], chunks[1]])
 
@@ -238,20 +241,20 @@ IMAGE, VIDEO = torch.rand(1, *SIZE, 3), torch.rand(33, *SIZE, 3)
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ({"start_image": IMAGE, "video": VIDEO, "vae": object()}, "start_image and video are connected"),
-        ({"start_image": IMAGE, "previous": {}, "vae": object()}, "start_image and previous are connected"),
+        ({"start_image": IMAGE, "video": VIDEO, "vae": GivenVAE(None, ())}, "start_image and video are connected"),
+        ({"start_image": IMAGE, "previous": {}, "vae": GivenVAE(None, ())}, "start_image and previous are connected"),
         ({"start_image": IMAGE}, "start_image is connected without a VAE"),
         ({"video": VIDEO}, "video is connected without a VAE"),
         (
-            {"start_image": IMAGE.expand(3, -1, -1, -1), "batch_size": 2, "vae": object()},
+            {"start_image": IMAGE.expand(3, -1, -1, -1), "batch_size": 2, "vae": GivenVAE(None, ())},
             "3 images, and batch_size is 2",
         ),
-        ({"video": VIDEO[:20], "vae": object()}, "20 frames"),
-        ({"video": VIDEO[:1], "vae": object()}, "single image to start_image"),
-        ({"start_image": IMAGE * float("nan"), "vae": object()}, "NaN"),
+        ({"video": VIDEO[:20], "vae": GivenVAE(None, ())}, "20 frames"),
+        ({"video": VIDEO[:1], "vae": GivenVAE(None, ())}, "single image to start_image"),
+        ({"start_image": IMAGE * float("nan"), "vae": GivenVAE(None, ())}, "NaN"),
         ({"image_sigma_min": 0.5}, "min 0.5 and max 0.135"),
-        ({"history_long": 0}, "numbers from 1"),
-        ({"frames": 0}, "at least 1 frame"),
+        ({"history_long": 0}, "whole number from 1 to 64"),
+        ({"frames": 0}, "`frames` is 0; expected a whole number from 1"),
     ],
 )
 def test_what_cannot_begin_a_video_is_refused_on_the_node(sources, message):

@@ -282,7 +282,7 @@ def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch)
 
 @pytest.mark.parametrize("wrong", [("blocks",), ("block", 0), ("leaf", 1, "ram")], ids=str)
 def test_other_values_than_the_widgets(wrong):
-    with pytest.raises(ValueError, match="group_offload is off or block or leaf"):
+    with pytest.raises(ValueError, match="group_offload must be off or block or leaf"):
         offloading(*wrong)
 
 

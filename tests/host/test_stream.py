@@ -1,6 +1,7 @@
 """Helios Stream Video: the pictures of sampler and decoder, in files that are whole or not there at all."""
 
 import errno
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,8 +20,9 @@ from comfy_api.latest import InputImpl, Types
 
 import oracle
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
-from comfyui_helios.nodes.host import background, room, stream
-from comfyui_helios.nodes.host.video_file import VideoFile
+from comfyui_helios.nodes.host import background, room, stream, video_file
+from comfyui_helios.nodes.host.guider import HeliosGuider
+from comfyui_helios.nodes.host.video_file import VideoFile, check_target
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from streams import (
     HEIGHT,
@@ -367,7 +369,7 @@ def test_running_out_of_memory_in_a_step_leaves_nothing(parts, overlap, at):
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)
     threads = threading.active_count()
     start = beginning(99)
-    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^Helios Stream Video ran out of memory\. Make"):
         stream_video(Parts(model, parts.vae), start, overlap_decode=overlap)
     assert temporary_files() == []
     assert threading.active_count() == threads
@@ -428,7 +430,7 @@ def test_impossible_settings_are_refused_before_anything_runs(parts, settings, m
 
 def test_another_vae_is_refused_before_anything_runs(parts):
     other = type("Wan22VAE", (), {"latent_channels": 48, "latent_dim": 3})()
-    with pytest.raises(ValueError, match="48 channels; expected.*16.*Wan 2.1 VAE"):
+    with pytest.raises(ValueError, match="48 channels; expected the Wan 2.1 VAE .*16 channels"):
         stream_video(Parts(parts.model, other), beginning(66))
 
 
@@ -445,3 +447,43 @@ def test_conditioning_from_elsewhere_works(parts):
     _, expected = stream_video(parts, beginning(66))
     assert torch.equal(tail["samples"], expected["samples"])
     assert video.get_frame_count() == 66
+
+
+def test_a_temporary_folder_that_is_a_file_is_told_before_anything_is_sampled(parts, tmp_path, monkeypatch):
+    (tmp_path / "temp").write_bytes(b"")
+    monkeypatch.setattr(stream.folder_paths, "temp_directory", str(tmp_path / "temp"))
+    monkeypatch.setattr(HeliosGuider, "run", lambda *args, **kwargs: pytest.fail("samples"))
+    with pytest.raises(OSError, match=r"cannot be written to .*temp \(.*\)\. Make that a folder.*--temp-directory"):
+        stream_video(parts, beginning(66))
+
+
+def test_a_folder_without_write_permission_is_told(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "refused")  # root is never refused
+
+    monkeypatch.setattr(video_file.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"cannot be written to .* \(Permission denied\)\. Make that a folder"):
+        check_target(tmp_path, 64, 64)
+
+
+def test_a_size_that_h264_has_not_is_told_before_anything_is_sampled(tmp_path):
+    with pytest.raises(ValueError, match="16392x64 is too large for a video in h264: at most 16384 pixels a side"):
+        check_target(tmp_path, 16392, 64)
+
+
+def test_a_folder_that_goes_while_the_video_is_written_is_told_at_the_next_chunk(tmp_path):
+    folder = tmp_path / "temp"
+    file = VideoFile(folder, 24, 18, "8")
+    file.write(torch.rand(5, 64, 64, 3))
+    shutil.rmtree(folder)
+    with pytest.raises(OSError, match=r"cannot be written to .*temp \(No such file or directory\)\..*leave it alone"):
+        file.write(torch.rand(5, 64, 64, 3))
+    file.discard()
+
+
+def test_what_the_encoder_does_not_take_is_told_with_its_numbers(tmp_path):
+    file = VideoFile(tmp_path, 24, 18, "8")
+    with pytest.raises(ValueError, match="encoder does not take this video .*63x65 at 24 frames a second in 8 bit"):
+        file.write(torch.rand(5, 65, 63, 3))
+    file.discard()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,88 @@
+"""Files as they lie on disk: opened without ever waiting, and known again when they have changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from .quoting import printable
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read. The message names the file, what is wrong with it and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file in one of its states: writing to it or putting another in its place changes one of these."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def facts_of(path: Path) -> FileFacts | None:
+    """None for what is no regular file, or cannot be seen."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: of a name that no file can have
+        return None
+    return _facts(path, status) if stat.S_ISREG(status.st_mode) else None
+
+
+def check_unchanged(files: Iterable[FileFacts]) -> None:
+    """Raise CheckpointError unless the files still are as they were when they were opened."""
+    for opened in files:
+        if facts_of(opened.path) != opened:
+            raise CheckpointError(
+                f"{opened.path} has changed since the model was loaded, and is in use: what is in memory may be part "
+                "old, part new. Run the graph again, which loads it anew."
+            )
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, FileFacts]]:
+    """Open a file to read, and say what it was when it was opened.
+
+    Raises CheckpointError for what is not there or no regular file: a pipe would be waited for, a device never ends.
+    """
+    try:
+        # Only with NONBLOCK does opening a pipe that nobody writes to return. Windows knows no such flag, nor needs it.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing. Download it again.") from error
+    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}). Check its permissions, or download it again."
+        ) from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            raise CheckpointError(f"{path} is {kind}, where a file is expected. Download it again.")
+        with open(handle, "rb", closefd=False) as stream:  # Python opens no folder, and then would not close it either
+            yield stream, _facts(path, status)
+    finally:
+        os.close(handle)
+
+
+def _facts(path: Path, status: os.stat_result) -> FileFacts:
+    return FileFacts(path, status.st_size, status.st_mtime_ns, status.st_ino)

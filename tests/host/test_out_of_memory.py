@@ -1,0 +1,117 @@
+"""Memory that does not suffice: refused before it is asked for where that can be known, else told in one way."""
+
+from types import SimpleNamespace
+
+import comfy.model_management
+import pytest
+import torch
+
+import oracle
+from comfyui_helios.helios_core.video import HistorySeed
+from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
+from comfyui_helios.nodes.history import HeliosHistoryInjection
+from comfyui_helios.nodes.host import out_of_memory
+from comfyui_helios.nodes.host.media import prepare_images, video_frames
+from comfyui_helios.nodes.host.out_of_memory import memory_errors
+from comfyui_helios.nodes.sample import HeliosChunkedSampler
+from runs import QUICK, conditioning, run_node
+from streams import make_parts
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return make_parts(tmp_path_factory.mktemp("models") / "Helios-Distilled")
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """A machine with a tenth of a GiB free."""
+    monkeypatch.setattr(out_of_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=0.06 * 2**30))
+    monkeypatch.setattr(out_of_memory.psutil, "swap_memory", lambda: SimpleNamespace(free=0.04 * 2**30))
+
+
+def told(error):
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION) as caught, memory_errors("Helios Chunked Sampler"):
+        raise error
+    return str(caught.value)
+
+
+CUDA = "CUDA out of memory. Tried to allocate 2.34 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.2 are free."
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (torch.OutOfMemoryError(CUDA), " when it asked for 2.34 GiB more"),
+        (RuntimeError("could not create a primitive"), ""),
+        (RuntimeError("could not create a memory object"), ""),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
+        (MemoryError(), ""),
+    ],
+    ids=str,
+)
+def test_every_lack_of_memory_is_told_alike_and_as_the_hosts_own_kind(error, asked):
+    message = told(error)
+    assert message.startswith(f"Helios Chunked Sampler ran out of memory{asked}. Make the video smaller")
+
+
+def test_the_allocators_own_error_is_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert "when it asked for 1125899906842624 bytes more. Make" in told(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("could not create a primitive descriptor"), RuntimeError("a bug"), ValueError("memory")]
+)
+def test_other_errors_pass(error):
+    with pytest.raises(type(error), match=str(error)), memory_errors("Helios Chunked Sampler"):
+        raise error
+
+
+def test_a_lack_of_memory_in_the_network_is_told_by_the_nodes_name(parts):
+    model = parts.model.clone()
+
+    def no_memory(apply_model, args):
+        raise RuntimeError("could not create a primitive")
+
+    model.set_model_unet_function_wrapper(no_memory)
+    prompts = [conditioning(prompt) for prompt in oracle.prompts()]
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="^Helios Chunked Sampler ran out of memory"):
+        run_node(HeliosChunkedSampler, model, *prompts, {"samples": torch.zeros(1, 16, 9, 8, 8)}, QUICK, 3)
+
+
+def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, little, monkeypatch):
+    monkeypatch.setattr(HistorySeed, "start", lambda *args: pytest.fail("allocates"))
+    prompts = [conditioning(prompt) for prompt in oracle.prompts()]
+    start = run_node(HeliosHistoryInjection, *prompts, width=2048, height=2048, frames=33, batch_size=64).result
+    message = (
+        r"2048x2048 in a batch of 64 would take \d+\.\d GiB of memory, and 0\.1 GiB are free\. Make the video smaller"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_node(HeliosChunkedSampler, parts.model, *start, QUICK, 3)
+
+
+def test_a_video_longer_than_memory_is_refused_before_it_is_sampled(parts, little):
+    prompts = [conditioning(prompt) for prompt in oracle.prompts()]
+    start = run_node(HeliosHistoryInjection, *prompts, width=64, height=64, frames=99_000, batch_size=1).result
+    with pytest.raises(ValueError, match="The latents of 3000 chunks would take 0.1 GiB of memory"):
+        run_node(HeliosChunkedSampler, parts.model, *start, QUICK, 3)
+
+
+def test_frames_that_memory_does_not_hold_name_the_node_that_streams(little):
+    vae = SimpleNamespace(encode=None, decode=lambda samples: pytest.fail("decodes"))
+    latent = {"samples": torch.zeros(()).expand(1, 16, 36, 64, 64)}
+    message = r"^132 frames of 512x512 would take 0\.4 GiB of memory, and 0\.1 GiB are free\. Take Helios Stream Video"
+    with pytest.raises(ValueError, match=message):
+        run_node(HeliosChunkedVAEDecode, latent, vae, False)
+    with pytest.raises(ValueError, match="^99 frames of 512x512"):
+        run_node(HeliosChunkedVAEDecode, latent, vae, False, drop_first=33)
+
+
+def test_images_and_resampled_videos_that_memory_does_not_hold_are_refused(little):
+    with pytest.raises(ValueError, match="40 images of 2048x2048 would take 1.9 GiB"):
+        prepare_images(torch.zeros(40, 2, 2, 3), 2048, 2048, "crop")
+    components = SimpleNamespace(images=torch.zeros(40, 8, 8, 3), frame_rate=1e-3)
+    with pytest.raises(ValueError, match="The video's 960000 frames at 24 a second would take 0.7 GiB"):
+        video_frames(SimpleNamespace(get_components=lambda: components))
