@@ -1,6 +1,7 @@
 """The sampling nodes on a pretended card, through all of the host's machinery: what goes up and down, and how often."""
 
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,19 +212,25 @@ def test_streaming_with_the_vae_beside(folder, card, written):
 
 
 def test_a_run_that_was_cut_off_and_goes_on(folder, card, written, monkeypatch, tmp_path):
-    saved = SavedRun(tmp_path / "run")
-    monkeypatch.setattr(stream_module, "open_run", lambda key: (saved, 0))
-    monkeypatch.setattr(stream_module, "graph_key", lambda prompt, node_id: "key")
+    run = tmp_path / "run"
+    monkeypatch.setattr(stream_module, "open_run", lambda key, kind, note: nullcontext(SavedRun(run, kind)))
+    monkeypatch.setattr(stream_module, "graph_key", lambda *args: "key")
     resume = {"resume": True, "prompt": {"5": {}}, "unique_id": "5"}
     model = load(folder, "bf16")
     stream(model, StubVAE(), **resume)
     a_chunk = {"latents", "memory", "anchor"}
     card.check(crossings(QUICK) | {"down: _to_tensors": len(a_chunk) * CHUNKS})
 
-    saved.path(1).unlink()
+    (run / "chunk_00001.safetensors").unlink()
     card.crossings.clear()
     stream(model, StubVAE(), **resume)
-    again = {"up: generate": 1, "up: renoise": 2, "down: to_vae_space": 1, "down: _to_tensors": len(a_chunk)}
+    again = {
+        "up: generate": 1,
+        "wait: check_finite": 1,
+        "up: renoise": 2,
+        "down: to_vae_space": 1,
+        "down: _to_tensors": len(a_chunk),
+    }
     card.check(crossings(QUICK, anchored=True) | again | {"up: rope_table": 0})
 
 
