@@ -11,9 +11,12 @@ from comfyui_helios.helios_core.schedule import (
     DISTILLED,
     MID,
     PRESETS,
+    SIGMA_MAX,
     Schedule,
     dynamic_shift_mu,
     schedule_from_config,
+    shift_time,
+    stage_tokens,
     stages,
 )
 
@@ -170,7 +173,8 @@ def test_size_whose_first_sigma_would_be_one_is_refused(schedule):
     assert stages(schedule, 2048 // 8, 2368 // 8, first_chunk=False)[-1].sigmas[0] < 1
     with pytest.raises(ValueError, match="leaves it no steps to take .* Make a smaller video"):
         schedule.check_size(2048, 2560)
-    assert stages(schedule, 2048 // 8, 2560 // 8, first_chunk=False)[-1].sigmas[0] == 1
+    mu = dynamic_shift_mu(stage_tokens(schedule, len(schedule.steps) - 1, 2048 // 8, 2560 // 8), schedule)
+    assert shift_time(torch.tensor([SIGMA_MAX], dtype=torch.float64), "exponential", mu) == 1
 
 
 def test_sizes_it_can_make():

@@ -123,7 +123,7 @@ def test_tokens_are_counted_as_they_are_made(size):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_layers": "2"}, "num_layers must be a whole number above 0, got '2'"),
+        ({"num_layers": "2"}, "num_layers must be a whole number from 1 to 65536, got '2'"),
         ({"num_layers": None}, "num_layers"),
         ({"ffn_dim": 0}, "ffn_dim"),
         ({"patch_size": [1, 2]}, "patch_size must be three whole numbers"),
