@@ -172,11 +172,13 @@ def _config(
     source = f"what the shapes of the tensors in {path} tell"
     try:
         if folder is not None and os.path.exists(file := folder / "config.json"):
-            source, values = str(file), read_json(file)
+            source = str(file)
+            values = read_json(file)
             if (model := values.get("_class_name", "HeliosTransformer3DModel")) != "HeliosTransformer3DModel":
                 raise ValueError(f"it describes a {quoted(model)}")
         elif CONFIG_KEY in metadata:
-            source, values = f"metadata {CONFIG_KEY!r} of {path}", parse_json(metadata[CONFIG_KEY].encode())
+            source = f"metadata {CONFIG_KEY!r} of {path}"
+            values = parse_json(metadata[CONFIG_KEY].encode())
         else:
             return _inferred_config(path, tensors)
         return TransformerConfig.from_dict(values)
@@ -184,7 +186,9 @@ def _config(
         raise
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise CheckpointError(f"{source} is not the configuration of a Helios transformer: {reason}.") from error
+        raise CheckpointError(
+            f"{source} is not the configuration of a Helios transformer: {reason}. Download it again."
+        ) from error
 
 
 def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> TransformerConfig:

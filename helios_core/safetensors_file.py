@@ -210,7 +210,8 @@ def read_index(index: Path) -> list[Path]:
         # Lexical on purpose: a download cache links the shards to files elsewhere, an index must not point there.
         if not isinstance(name, str) or re.search(r"[/\\:\0]", name) or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} names {quoted(name)}, which is no .safetensors file in its own folder. Not opened."
+                f"{index} names {quoted(name)}, which is no .safetensors file in its own folder. It was not "
+                "opened; download the index again."
             )
     shards = [index.parent / name for name in sorted(set(where.values()))]
     if missing := [shard.name for shard in shards if not os.path.exists(shard)]:

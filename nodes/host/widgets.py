@@ -49,7 +49,7 @@ def check_widgets(schema: io.Schema, values: Mapping[str, Any]) -> None:
 def _expected(widget: Any, value: Any) -> str | None:
     """What a widget takes instead of this value; None if it takes it, or is no widget."""
     if isinstance(widget, io.Int.Input):
-        fits = isinstance(value, Integral) and widget.min <= value <= widget.max
+        fits = isinstance(value, Integral) and not isinstance(value, bool) and widget.min <= value <= widget.max
         return None if fits else f"a whole number from {widget.min} to {widget.max}"
     if isinstance(widget, io.Float.Input):
         fits = isinstance(value, Real) and widget.min <= value <= widget.max

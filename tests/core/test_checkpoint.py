@@ -353,6 +353,13 @@ def test_a_width_that_does_not_tell_its_heads_is_refused(tmp_path):
     assert "Give the folder with its config.json" in refusal(tmp_path / "a.safetensors")
 
 
+def test_a_configuration_that_is_no_json_is_named_where_it_is(tmp_path):
+    save_file(make_weights(), tmp_path / "a.safetensors", {"helios_config": "{"})
+    message = refusal(tmp_path / "a.safetensors")
+    assert f"metadata 'helios_config' of {tmp_path / 'a.safetensors'} is not the configuration" in message
+    assert message.endswith(". Download it again.")
+
+
 @pytest.mark.parametrize(("key", "value"), [("helios_variant", "turbo"), ("helios_config", '{"rope_dim": [1, 1, 1]}')])
 def test_metadata_that_makes_no_sense_is_refused(tmp_path, key, value):
     save_file(make_weights(), tmp_path / "a.safetensors", {key: value})

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from faults import mutations, world
 from faults.world import GOOD, SIZE, SPOILT, STREAM, WHOLE, Outcome
 
+QUICK = {"HeliosHistoryInjection": {"width": SIZE, "height": SIZE, "frames": 33}}  # in place of defaults
 short = reprlib.repr  # of a value of any depth
 OTHER_DTYPES = (torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 
@@ -168,8 +169,8 @@ class Cases:
         self.say(f"{node}.{name} = {short(value)}")
         if rng.random() < 0.5:
             self.say("over a link")
-            return self._node(rng, node, {name: value})
-        return self._node(rng, node, {}, {name: {"__value__": value}})
+            return self._node(node, {name: value})
+        return self._node(node, {}, {name: {"__value__": value}})
 
     def sockets(self, rng: Random) -> str | None:
         """A value of another kind on a socket."""
@@ -177,26 +178,25 @@ class Cases:
         name = rng.choice(self._sockets(node))
         value, said = self._spoilt(rng, name)
         self.say(f"{node}.{name}: {said}")
-        return self._node(rng, node, {name: value})
+        return self._node(node, {name: value})
 
     def _sockets(self, node: str) -> list[str]:
         inputs = world.OUR_NODES[node].define_schema().inputs
         return [socket.id for socket in inputs if not isinstance(socket, io.WidgetInput)]
 
-    def _node(self, rng: Random, node: str, linked: dict[str, Any], typed: dict[str, Any] | None = None) -> str | None:
+    def _node(self, node: str, linked: dict[str, Any], typed: dict[str, Any] | None = None) -> str | None:
         """Run one node, its other inputs good."""
         cls = world.OUR_NODES[node]
         values: dict[str, Any] = {}
-        typed = dict(typed or {})
+        defaults: dict[str, Any] = {}
         for widget in cls.define_schema().inputs:
-            if isinstance(widget, io.WidgetInput):
-                default = widget.default
-                if isinstance(widget, io.Combo.Input) and default is None:
-                    default = next(iter(widget.options), "")
-                typed.setdefault(widget.id, default)
+            if isinstance(widget, io.Combo.Input):
+                defaults[widget.id] = widget.default or next(iter(widget.options), "")
+            elif isinstance(widget, io.WidgetInput):
+                defaults[widget.id] = widget.default
             elif not widget.optional:
-                values[widget.id] = self._good(widget.id)
-        typed |= {name: value for name, value in self._quick(node).items() if typed[name] == self._default(cls, name)}
+                values[widget.id] = self.good[widget.id]
+        typed = {**defaults, **QUICK.get(node, {}), **(typed or {})}
         if "start_image" in linked or "video" in linked:
             values["vae"] = self.good["vae"]
         graph: world.Graph = {}
@@ -204,18 +204,6 @@ class Cases:
         graph["node"] = {"class_type": node, "inputs": inputs}
         results = {str(i): ("node", i) for i in range(len(cls.define_schema().outputs))}
         return self.judge(world.run(graph, results))
-
-    def _default(self, cls: Any, name: str) -> Any:
-        return next(widget.default for widget in cls.define_schema().inputs if widget.id == name)
-
-    def _quick(self, node: str) -> dict[str, Any]:
-        """Small sizes in place of defaults."""
-        if node == "HeliosHistoryInjection":
-            return {"width": SIZE, "height": SIZE, "frames": 33}
-        return {}
-
-    def _good(self, name: str) -> Any:
-        return self.good["previous" if name == "previous" else name]
 
     def _spoilt(self, rng: Random, socket: str) -> tuple[Any, str]:
         """A value for a socket of this name, and what it is."""

@@ -22,6 +22,7 @@ MEMORY = 700 * 2**20  # bytes that a case may take beyond what was there before 
 HANG = 10.0  # seconds, on a machine at rest
 SLOW = 20.0  # times as long as a good graph takes, on any other
 START = 240.0  # seconds that the child has to load the host
+ENOUGH = 50  # faults, to look at first
 POLL = 0.02  # seconds between two looks at its memory
 
 
@@ -46,13 +47,13 @@ def fuzz(
     """Run cases for so many seconds, loading not counted; a child that hangs, hoards or dies is followed by another."""
     report = Report()
     end = math.inf
-    while time.monotonic() < end and first <= last:
+    while time.monotonic() < end and first <= last and len(report.faults) < ENOUGH:
         child = _Child(good, seed, first, family, planted)
         try:
             # A machine that is busy with other things is no fault of ours.
             limit = max(HANG, SLOW * child.next(START)["good graph"])
             end = min(end, time.monotonic() + seconds)
-            while time.monotonic() < end and first <= last:
+            while time.monotonic() < end and first <= last and len(report.faults) < ENOUGH:
                 number = child.next(limit)["begin"]
                 first = number + 1
                 report.cases += 1

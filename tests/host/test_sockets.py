@@ -61,6 +61,11 @@ def test_a_number_that_its_widget_could_not_have_is_refused(node, name, value):
         with_widget(node, name, value)
 
 
+def test_true_is_no_seed():
+    with pytest.raises(ValueError, match="^`seed` is True; expected a whole number"):
+        with_widget("HeliosChunkedSampler", "seed", True)
+
+
 @pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}, "\ud800"], ids=ascii)
 @pytest.mark.parametrize("node, name", TEXTS)
 def test_what_is_no_text_is_refused(node, name, value):
