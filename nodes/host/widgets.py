@@ -33,6 +33,7 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
         with memory_errors(schema.display_name):
             return execute(cls, *args, **kwargs)
 
+    run.__signature__ = signature  # type: ignore[attr-defined]  # the host reads the inputs' names
     return run
 
 
