@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ from ...helios_core.json_file import read_json, read_json_if_there
 from ...helios_core.quoting import printable, quoted
 from ...helios_core.regular_file import CheckpointError
 from ...helios_core.schedule import PRESETS, Schedule, schedule_from_config
-from .guard import listable
+from .guard import listable, printable_log
 
-log = logging.getLogger(__name__)
+log = printable_log(__name__)
 
 DEPTH = 3  # <user>/<repository>, and one level for people who sort their models
 MOST_FOLDERS = 2000  # that are looked into below one root: a link may lead to a whole disk

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from comfyui_helios.helios_core.checkpoint import Checkpoint, open_checkpoint
 from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.helios_core.quoting import quoted
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.safetensors_file import read_headers, read_tensors
 from comfyui_helios.helios_core.transformer import HeliosTransformer
@@ -307,7 +308,7 @@ def test_another_models_file_is_refused_and_named(tmp_path, key, message):
 def test_another_models_folder_is_refused(tmp_path):
     save_with(tmp_path / "a.safetensors")
     write_json(tmp_path / "config.json", {"_class_name": "WanTransformer3DModel"})
-    assert "config.json is not the configuration of a Helios transformer: it describes a Wan" in refusal(tmp_path)
+    assert "config.json is not the configuration of a Helios transformer: it describes a 'Wan" in refusal(tmp_path)
 
 
 def test_missing_and_unexpected_keys_are_counted_and_ten_are_listed(tmp_path):
@@ -389,7 +390,7 @@ def test_an_index_that_points_elsewhere_is_not_followed(official, tmp_path, name
     file, index = copy_official(official, folder)
     index["weight_map"][next(iter(index["weight_map"]))] = name
     write_json(file, index)
-    assert f"names {name!r}, which is no .safetensors file in its own folder" in refusal(tmp_path)
+    assert f"names {quoted(name)}, which is no .safetensors file in its own folder" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}'])
