@@ -24,7 +24,7 @@ ENVIRONMENT := $(call escaped,$(VENV))/.installed
 PY := "$(VENV)/bin/python"
 BIN := "$(VENV)/bin"
 
-.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-server test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
+.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -35,12 +35,17 @@ help:
 	@echo "                    BROWSER=0                              without the browser tests"
 	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
 	@echo "                                                           VENV name its requirements and environment"
-	@echo "make test-gpu     tests that need a CUDA card"
-	@echo "make bench-memory host memory of offloading, ours beside diffusers'; bench-memory-gpu needs a CUDA card"
+	@echo "make bench-memory host memory of offloading, ours beside diffusers'"
 	@echo "make soak         a server killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
 	@echo "make fuzz         spoilt files, widgets, sockets and saved chunks for FUZZ_SECONDS (600), by FUZZ_SEED"
 	@echo "make bench        speed against diffusers on this CPU; rows go to build/bench.json"
-	@echo "make bench-gpu    the 14B model's shape on this GPU; PYTHON_GPU names a Python with torch"
+	@echo "make gpu          all that needs a CUDA card: tests, the 14B model's shape, decoding, offloading, each with a"
+	@echo "                  file in build/gpu; a further run goes on with what is not finished. PYTHON_GPU names a"
+	@echo "                  Python with torch. Parts of it: test-gpu, bench-gpu, bench-memory-gpu"
+	@echo "                    GPU_SECONDS=540                        leave out what takes longer in all"
+	@echo "                    FRESH=1                                run what is finished, too"
+	@echo "                    TINY=1                                 rehearse on toy sizes, on any machine"
+	@echo "make gpu-summary  its table, from the files that are there"
 	@echo "make pictures     the workflows' pictures anew, from runs in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
 	@echo "make clean        remove what was built, and the environment if make setup has made it"
@@ -63,7 +68,7 @@ demo: $(ENVIRONMENT) $(HOST)
 	@$(PY) scripts/demo.py
 
 test: setup
-	@$(PY) scripts/run_tests.py core host server
+	@$(PY) scripts/run_tests.py
 
 test-core: $(ENVIRONMENT)
 	@$(PY) scripts/run_tests.py core
@@ -71,8 +76,8 @@ test-core: $(ENVIRONMENT)
 test-host: $(ENVIRONMENT) $(HOST)
 	@$(PY) scripts/run_tests.py host
 
-test-server: setup
-	@$(PY) scripts/run_tests.py server
+test-%: setup  # any other folder of tests/
+	@$(PY) scripts/run_tests.py $*
 
 soak: $(ENVIRONMENT) $(HOST)
 	HELIOS_KILLS=$(KILLS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_stream.py -k killed
@@ -87,22 +92,26 @@ fuzz: $(ENVIRONMENT) $(HOST)
 bench: $(ENVIRONMENT) $(HOST)
 	@$(PY) benchmarks/speed.py
 
-# Needs no environment of ours: any Python with PyTorch for the card.
+# Needs no environment of ours: any Python with PyTorch for the card. The three others are parts of it, run anew.
 PYTHON_GPU ?= $(PYTHON)
+GPU := "$(PYTHON_GPU)" benchmarks/gpu.py $(if $(TINY),--tiny) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
+.PHONY: gpu gpu-summary
+gpu:
+	@$(GPU) $(if $(FRESH),--fresh)
+gpu-summary:
+	@$(GPU) --summary
+test-gpu:
+	@$(GPU) --fresh --only tests
 bench-gpu:
-	@"$(PYTHON_GPU)" benchmarks/gpu.py
+	@$(GPU) --fresh --only attention decoding eager compiled
+bench-memory-gpu:
+	@$(GPU) --fresh --only offload
 
 pictures: setup
 	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
 
-test-gpu: $(ENVIRONMENT)  # needs a CUDA card
-	@$(PY) scripts/run_tests.py gpu
-
 bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py
-
-bench-memory-gpu: $(ENVIRONMENT)  # needs a CUDA card
-	@$(PY) benchmarks/memory_gpu.py
 
 # nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
 lint: $(ENVIRONMENT)

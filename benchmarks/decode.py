@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from measure import Compare, Row
+from measure import ROOT, Compare, Row, in_turns
+from parts import MissingError
 from torch import Tensor, nn
 
 WAYS = {  # dtype, 3D convolutions channels-last, chunks at once
@@ -27,16 +32,74 @@ Decode = Callable[[Any, Tensor], Tensor]
 """decoder, latents (B, 16, 9, h, w) -> frames (B, 3, 33, 8h, 8w)."""
 
 
-def random_vae(**size: Any) -> Any:
+def random_vae(dim: int = 96, **size: Any) -> Any:
     """diffusers' Wan VAE as it is initialised, of the real size if nothing else is asked for."""
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)
-    return AutoencoderKLWan(z_dim=16, **size).eval().requires_grad_(False)
+    return AutoencoderKLWan(base_dim=dim, z_dim=16, **size).eval().requires_grad_(False)
 
 
 def by_diffusers(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents, return_dict=False)[0]
+
+
+def host_vae(dim: int, **size: Any) -> Any:
+    """ComfyUI's own Wan VAE with random weights; ImportError where there is no ComfyUI, or not all it needs."""
+    sys.path.insert(0, str(ROOT / os.environ.get("COMFYUI_PATH", "build/comfyui")))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    from comfy.ldm.wan.vae import WanVAE
+
+    torch.manual_seed(0)
+    vae = WanVAE(dim=dim, z_dim=16, temperal_downsample=[False, True, True], **size)
+    for layer in vae.modules():
+        if isinstance(layer, nn.modules.conv._ConvNd):  # the host's own leave their weights as the memory was
+            nn.modules.conv._ConvNd.reset_parameters(layer)
+    return vae.eval().requires_grad_(False)
+
+
+def by_host(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents).clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A VAE in float32 on the GPU, or the CPU where there is none."""
+
+    label: str
+    vae: Any
+    decode: Decode
+
+    def to(self, dtype: torch.dtype) -> Decoder:
+        return Decoder(self.label, self.vae.to(dtype), self.decode)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self.decode(self.vae, latents)
+
+
+def find(size: dict[str, Any], device: torch.device) -> Decoder:
+    """The host's VAE, or diffusers'; MissingError where there is neither."""
+    try:
+        return Decoder("ComfyUI", host_vae(**size).to(device), by_host)
+    except ImportError as error:
+        lacking = error.name
+    try:
+        return Decoder("diffusers", random_vae(**size).to(device), by_diffusers)
+    except ImportError as error:
+        raise MissingError(f"no VAE: neither ComfyUI ({lacking}) nor {error.name} can be imported") from error
+
+
+def on_card(size: dict[str, Any], latents: Tensor, turns: int) -> Iterator[Row]:
+    """Float32 is exactly that, without the TensorFloat-32 that torch allows in convolutions; latents are one chunk."""
+    decoder = find(size, latents.device)
+    compare = partial(in_turns, turns=turns)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield from rows(decoder.vae, decoder.decode, latents, compare)
+    except torch.OutOfMemoryError as error:
+        yield Row.open("decode_further_ways", str(error).splitlines()[0])
 
 
 def rows(decoder: nn.Module, decode: Decode, chunk: Tensor, compare: Compare) -> Iterator[Row]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import threading
 import time
 import warnings
@@ -17,6 +20,8 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("helios_core", "benchmarks", "tests/gpu")  # the code that numbers are of
 ATTEMPTS = 100
 
 Compare = Callable[[Callable[[], Any], Callable[[], Any]], tuple[float, float]]
@@ -37,6 +42,11 @@ class Row:
     @classmethod
     def compare(cls, name: str, ours: float, peer: float, unit: str, note: str = "") -> Row:
         return cls(name, ours, peer, unit, peer / ours, note)
+
+    @classmethod
+    def open(cls, name: str, why: str) -> Row:
+        """What was not measured, and why."""
+        return cls(name, None, None, "", note=why)
 
 
 def seconds(function: Callable[[], Any], quiet: bool = False) -> float:
@@ -132,22 +142,55 @@ class Peak:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    versions = {}
+    """Where, with what and of which code the numbers were made. Leaves the GPU alone where nvidia-smi knows it."""
+    versions: dict[str, str | None] = {}
     for package in ("torch", "diffusers", "triton"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    gpu, driver = _card()
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu,
+        "driver": driver,
+        "cuda": torch.version.cuda,
         "system": platform.platform(),
         "python": platform.python_version(),
         **versions,
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
+        or os.environ.get("COMMIT"),
+        "code": _digest(),
     }
+
+
+def _card() -> tuple[str | None, str | None]:
+    """Name and driver of the GPU that torch uses."""
+    if not torch.cuda.is_available():
+        return None, None
+    said = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if said is None:
+        return torch.cuda.get_device_name(), None
+    name, _, driver = said.partition("\n")[0].rpartition(", ")
+    return name, driver
+
+
+def _output(*command: str) -> str | None:
+    """What a command says; None where there is no such command, or it fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _digest() -> str:
+    """Of the measured code: a copy may have no commit, and a commit may have changes on top."""
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in MEASURED for file in (ROOT / folder).glob("*.py")):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _processor() -> str:

@@ -17,10 +17,17 @@ LATENT_CHANNELS = 16
 CHUNK_LATENTS = 9  # latent frames that are denoised together
 CHUNK_FRAMES = 33  # pixel frames they decode to: (9 - 1) * 4 + 1
 SPATIAL_SCALE = 8  # pixels a latent, in height and width
+PATCH = 2  # latents a token, in height and width; in time 1
 HISTORY_SIZES = (16, 2, 1)  # latent frames of long, mid and short history
 FRAME_RATE = 24
 NATIVE_HEIGHT, NATIVE_WIDTH = 384, 640  # the only size the weights were trained at
 
+# What schedules, sizes in pixels and positions in time are made for.
+FIXED: dict[str, Any] = {
+    "patch_size": (1, PATCH, PATCH),
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+}
 LARGEST = 65536  # of any size of a network; its largest matrix can still be counted
 
 
@@ -40,7 +47,7 @@ def num_chunks(frames: int) -> int:
 class TransformerConfig:
     """Shape of `HeliosTransformer`; the fields and defaults of the published `transformer/config.json`."""
 
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, int, int] = (1, PATCH, PATCH)
     num_attention_heads: int = 40
     attention_head_dim: int = 128
     in_channels: int = LATENT_CHANNELS
@@ -65,6 +72,11 @@ class TransformerConfig:
         for name, value in sizes.items():
             if type(value) is not int or not 1 <= value <= LARGEST:
                 raise ValueError(f"{name} must be a whole number from 1 to {LARGEST}, got {quoted(value)}.")
+        for name, known in FIXED.items():
+            if (value := getattr(self, name)) != known:
+                raise ValueError(f"{name} is {value}; every published Helios has {known}, and no other is supported.")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim must be even, half cosines and half sines, got {self.freq_dim}.")
         if self.inner_dim > LARGEST:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} times attention_head_dim {self.attention_head_dim} "

@@ -35,6 +35,7 @@ class AntiDrift:
             )
         else:
             averages = Statistics(mean, var)
+        # A threshold is a boundary: a drift that equals it to six digits may be judged otherwise on another machine.
         mean_drift = (mean - averages.mean).norm(dim=-1).mean().item()
         var_drift = (var - averages.var).norm(dim=-1).mean().item()
         drifted = mean_drift > self.mean_threshold and var_drift > self.var_threshold

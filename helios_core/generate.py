@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,16 +12,13 @@ from .config import CHUNK_LATENTS, SPATIAL_SCALE
 from .history import History, Memory
 from .pyramid import halve, renoise
 from .schedule import Schedule, Stage, stages
-from .solver import dmd_step, euler_step, to_x0, unipc_step
+from .solver import Point, dmd_step, euler_step, to_x0, unipc_step
 
 
 @dataclass(frozen=True)
 class Step:
     """One step that was taken."""
 
-    chunk: int
-    stage: int
-    index: int  # in its stage
     latents: Tensor  # (B, 16, 9, h, w) that the network was given
     flow: Tensor
     sigma: float
@@ -65,6 +62,7 @@ def generate(
     Runs on the device of memory.latents; random numbers come from rng, on its own device, in the reference's order.
     first_index is the number of chunks this video already has: amplification is for chunk 0 alone. skip_first_chunk
     takes the second chunk's first latent frame for the anchor, a cure for image-to-video that starts static.
+    Raises FloatingPointError in place of a chunk that is not finite.
     """
     b, channels, _, height, width = memory.latents.shape
     schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
@@ -75,10 +73,22 @@ def generate(
         latents = denoise_chunk(
             bind(index, memory.history()), schedule, noise.to(memory.latents.device), rng, index, on_step
         )
+        check_finite(latents, index)
         memory = memory.push(latents, reanchor=skip_first_chunk and index == 1)
         if schedule.anti_drift:
             memory = schedule.anti_drift.observe(memory, latents)
         yield Chunk(index, latents, memory)
+
+
+def check_finite(latents: Tensor, index: int) -> None:
+    """Raise FloatingPointError if the latents of chunk `index` are not all numbers; waits for the device."""
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            f"Chunk {index + 1} of the video is not finite: it has NaN or infinite values, and so would all that "
+            "follows. Likely causes: a model or text encoder that runs in fp16, which reaches only to 65504 (choose "
+            "bf16 or fp32); a LoRA that is too strong, broken or made for another model; a damaged model file "
+            "(download it again)."
+        )
 
 
 def denoise_chunk(
@@ -98,7 +108,7 @@ def denoise_chunk(
         if stage.renoise:
             latents = renoise(latents, *stage.renoise, schedule.gamma, rng)
         for step in denoise_stage(predict_flow, schedule, stage, number, latents):
-            on_step(replace(step, chunk=index))
+            on_step(step)
             latents = step.result
     return latents
 
@@ -107,10 +117,12 @@ def denoise_stage(
     predict_flow: PredictFlow, schedule: Schedule, stage: Stage, number: int, start: Tensor
 ) -> Iterator[Step]:
     """All steps of one pyramid level, from its starting point (B, 16, 9, h, w)."""
-    # In the pyramid the network knows whole timesteps only; the reference truncates.
+    # In the pyramid the network knows whole timesteps only; the reference truncates. None is so near a whole number
+    # that another processor's rounding would lift it over (test_numbers).
     timesteps = (stage.timesteps.trunc() if schedule.is_pyramid else stage.timesteps).tolist()
     sigmas = stage.sigmas.tolist()
-    latents, state = start, None
+    latents = start
+    past: tuple[Point, ...] = ()  # of UniPC
     for i, (timestep, sigma, sigma_next) in enumerate(zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)):
         flow = torch.zeros_like(latents) if schedule.zero_flow(number, i) else predict_flow(latents, timestep, sigma)
         if schedule.solver == "dmd":
@@ -118,6 +130,6 @@ def denoise_stage(
         elif schedule.solver == "euler":
             result = euler_step(latents, flow, sigma, sigma_next)
         else:
-            result, state = unipc_step(state, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
-        yield Step(0, number, i, latents, flow, sigma, result)
+            result, past = unipc_step(past, latents, flow, sigma, sigma_next, last=i == len(timesteps) - 1)
+        yield Step(latents, flow, sigma, result)
         latents = result

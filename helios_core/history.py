@@ -46,11 +46,18 @@ class HistoryLayout:
 
     @property
     def indices(self) -> FrameIndices:
-        anchor = 1 if self.keep_first_frame else 0
-        numbers = iter(range(anchor + self.frames + self.chunk))
-        first = [next(numbers) for _ in range(anchor)]
-        long, mid, short, noisy = ([next(numbers) for _ in range(n)] for n in (*self.split, self.chunk))
-        return FrameIndices(tuple(long), tuple(mid), tuple(first + short), tuple(noisy))
+        """Counted through from the anchor, which is 0 and shown with the short history, to the noisy chunk."""
+        anchor = (0,) if self.keep_first_frame else ()
+        long, mid, short = self.split
+        mid_start = len(anchor) + long
+        short_start = mid_start + mid
+        noisy_start = short_start + short
+        return FrameIndices(
+            long=tuple(range(len(anchor), mid_start)),
+            mid=tuple(range(mid_start, short_start)),
+            short=(*anchor, *range(short_start, noisy_start)),
+            noisy=tuple(range(noisy_start, noisy_start + self.chunk)),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,10 @@ class History:
     mid: Tensor  # (B, 16, 2, H, W)
     short: Tensor  # (B, 16, 2, H, W): anchor and last frame
     indices: FrameIndices
+
+    def to(self, dtype: torch.dtype) -> History:
+        """The same history in another dtype: the network's."""
+        return replace(self, long=self.long.to(dtype), mid=self.mid.to(dtype), short=self.short.to(dtype))
 
 
 def keep_last(latents: Tensor, frames: int) -> Tensor:

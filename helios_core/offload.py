@@ -7,115 +7,23 @@ stream of its own. Parameters never become meta tensors: outside of its own forw
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import mmap
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+from .offload_groups import Group, HostBuffer, Weight, block_lists, plan_groups, read_ahead, single_layers
+
 Level = Literal["block", "leaf"]
 
-ALIGNMENT = 256  # bytes; where a tensor may begin in a buffer
 KEEP_BELOW = 1 << 20  # bytes; groups smaller than this are not worth the trip
-MADV_WILLNEED = 3
 
 Transform = Callable[[Tensor], Tensor]
 """A parameter's values on the device -> the values to compute with, new ones, of the same shape and dtype."""
-
-
-@dataclass(frozen=True)
-class OffloadReport:
-    """What an `Offloader` has where. Sizes in bytes."""
-
-    groups: int  # that travel
-    resident_groups: tuple[str, ...]  # on the device, or on their way there, at this moment
-    kept: int  # weights that stay on the device
-    buffers: int  # device memory for the groups that travel
-    device: int  # weights on the device at this moment
-    peak: int  # the most that has been
-    pinned: int  # host memory locked for fast copies
-    moved: int  # copied to the device so far
-
-
-@dataclass(eq=False)
-class _Weight:
-    """One parameter: who has it, and where it lies in its group's buffer."""
-
-    name: str
-    owners: list[tuple[nn.Module, str]]  # more than one where modules share it
-    own: nn.Parameter
-    dtype: torch.dtype  # that it computes in
-    offset: int = 0
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is bytes in memory. Tensor classes of their own, as quantised weights are, move themselves."""
-        return type(self.own.data) is Tensor
-
-    @property
-    def size(self) -> int:
-        return self.own.numel() * self.dtype.itemsize
-
-    def renew(self) -> bool:
-        """Whether its owner was given another parameter since; then this is the one."""
-        module, name = self.owners[0]
-        before, self.own = self.own, module._parameters[name]  # type: ignore[assignment]  # never None
-        return self.own is not before
-
-    def place(self, parameter: nn.Parameter) -> None:
-        for module, name in self.owners:
-            module._parameters[name] = parameter
-
-    def view(self, buffer: Tensor) -> Tensor:
-        return buffer[self.offset : self.offset + self.size].view(self.dtype).view(self.own.shape)
-
-
-class _HostBuffer:
-    """Host memory in one piece, locked in place where the driver agrees: never a second copy of what is in it."""
-
-    def __init__(self, size: int, pin: bool):
-        self.bytes = torch.empty(size, dtype=torch.uint8)
-        address = self.bytes.data_ptr()
-        # Not torch's own pinned memory: its allocator rounds up to a power of two.
-        self.pinned = pin and int(torch.cuda.cudart().cudaHostRegister(address, size, 1)) == 0
-        if self.pinned:
-            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
-        elif pin:
-            _forget_cuda_error()
-
-
-def _forget_cuda_error() -> None:
-    """A refusal stays behind as CUDA's last error, which the next operation would raise: let this one."""
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda").add_(1)
-        torch.cuda.synchronize()
-
-
-class _Group:
-    """Layers that travel together."""
-
-    def __init__(self, name: str, modules: list[nn.Module], weights: list[_Weight]):
-        self.name, self.modules, self.weights = name, modules, weights
-        self.host: _HostBuffer | None = None  # its weights in one piece, once they are gathered
-        self.plain = [weight for weight in weights if weight.plain]
-        self.size = 0
-        for weight in self.plain:
-            weight.offset = self.size
-            self.size += -(-weight.size // ALIGNMENT) * ALIGNMENT
-
-    def renew(self) -> None:
-        renewed = [weight.renew() for weight in self.weights]
-        if any(renewed):
-            self.host = None
 
 
 class _Slot:
@@ -123,8 +31,8 @@ class _Slot:
 
     def __init__(self, size: int, device: torch.device):
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        self.staging: _HostBuffer | None = None
-        self.group: _Group | None = None
+        self.staging: HostBuffer | None = None
+        self.group: Group | None = None
         self.arrival: Future[None] | None = None
         self.placed = False  # the group's layers have their weights in this buffer
         self.copied: torch.cuda.Event | None = None  # the last copy into the buffer
@@ -169,12 +77,12 @@ class Offloader:
         self.gather = gather and dtype is None
         self.transforms: Mapping[str, Transform] = transforms or {}
         self.pin_limit = pin_limit
-        groups = _leaves(module) if level == "leaf" else _blocks(module, blocks_per_group)
-        self.groups, self.kept = _plan(module, groups, dtype, keep_below)
+        groups = single_layers(module) if level == "leaf" else block_lists(module, blocks_per_group)
+        self.groups, self.kept = plan_groups(module, groups, dtype, keep_below)
         self.buffer_size = max((group.size for group in self.groups), default=0)
         self.buffers = min(2, len(self.groups))
         self.kept_size = sum(weight.size for weight in self.kept)
-        self.moved = self.peak = 0
+        self.moved = self.peak = 0  # bytes: copied to the device so far, and the most that was there at once
         self.installed = False
         self._slots: list[_Slot] = []
         self._stream: torch.cuda.Stream | None = None
@@ -190,18 +98,16 @@ class Offloader:
         """Bytes of host memory locked for fast copies."""
         return sum(group.size for group in self.groups if group.host and group.host.pinned)
 
-    def report(self) -> OffloadReport:
-        resident = [slot.group for slot in self._slots if slot.group]
-        return OffloadReport(
-            groups=len(self.groups),
-            resident_groups=tuple(group.name for group in resident),
-            kept=self.kept_size if self.installed else 0,
-            buffers=len(self._slots) * self.buffer_size,
-            device=(self.kept_size if self.installed else 0) + sum(w.size for g in resident for w in g.weights),
-            peak=self.peak,
-            pinned=self.pinned,
-            moved=self.moved,
-        )
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Names of the groups that are in the buffers, or on their way there."""
+        return tuple(slot.group.name for slot in self._slots if slot.group)
+
+    @property
+    def used(self) -> int:
+        """Bytes of weights on the device, or on their way there, at this moment."""
+        travelling = [weight.size for slot in self._slots if slot.group for weight in slot.group.weights]
+        return (self.kept_size if self.installed else 0) + sum(travelling)
 
     @torch.inference_mode(False)  # tensors made in inference mode could not be written to outside of it
     @torch.no_grad()
@@ -212,7 +118,7 @@ class Offloader:
         self.installed = True
         self._worker = ThreadPoolExecutor(1, "helios-offload")
         self._successor = dict(zip(self.groups, self.groups[1:] + self.groups[:1], strict=True))
-        self._current: _Group | None = None
+        self._current: Group | None = None
         try:
             self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             for group in self.groups:
@@ -227,7 +133,7 @@ class Offloader:
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
             if self._stream and not all(group.host and group.host.pinned for group in self.groups):
                 for slot in self._slots:
-                    slot.staging = _HostBuffer(self.buffer_size, pin=True)
+                    slot.staging = HostBuffer(self.buffer_size, pin=True)
             for weight in self.kept:
                 weight.place(self._on_device(weight))
             for group in self.groups:
@@ -267,7 +173,7 @@ class Offloader:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def enter(self, group: _Group) -> None:
+    def enter(self, group: Group) -> None:
         """Before a layer of the group computes: its weights are there, and the next group's are on their way."""
         if self._current is not None and self._current is not group:
             self._successor[self._current] = group  # in which order the model calls its layers is learnt
@@ -282,14 +188,14 @@ class Offloader:
         if all(slot.group is not coming for slot in self._slots):
             self._send(coming, self._slots[0])
 
-    def leave(self, group: _Group) -> None:
+    def leave(self, group: Group) -> None:
         """After a layer of the group: its buffer may be overwritten from this point of the stream on."""
         if self._stream:
             for slot in self._slots:
                 if slot.group is group:
                     slot.used = torch.cuda.current_stream(self.device).record_event()
 
-    def _send(self, group: _Group, slot: _Slot) -> None:
+    def _send(self, group: Group, slot: _Slot) -> None:
         """Start to copy a group into a slot. The layers of the group that was there get their own weights back."""
         if slot.arrival is not None:
             slot.arrival.exception()  # of a copy that nobody came for
@@ -298,7 +204,7 @@ class Offloader:
         slot.group, slot.placed = group, False
         self.moved += group.size
         slot.arrival = self._worker.submit(self._copy, group, slot)
-        self.peak = max(self.peak, self.report().device)
+        self.peak = max(self.peak, self.used)
 
     def _receive(self, slot: _Slot) -> None:
         """Wait for a slot's group and give its layers the weights that are there."""
@@ -317,7 +223,7 @@ class Offloader:
         slot.placed = True
 
     @torch.no_grad()
-    def _copy(self, group: _Group, slot: _Slot) -> None:
+    def _copy(self, group: Group, slot: _Slot) -> None:
         """On the worker's thread: a group's weights into a slot's buffer."""
         read_ahead(self._successor[group].plain)
         if self._stream is None:
@@ -336,28 +242,28 @@ class Offloader:
             slot.buffer[: group.size].copy_(source.bytes[: group.size], non_blocking=True)
             slot.copied = self._stream.record_event()
 
-    def _fill(self, buffer: Tensor, group: _Group) -> None:
+    def _fill(self, buffer: Tensor, group: Group) -> None:
         for weight in group.plain:
             weight.view(buffer).copy_(weight.own.data)
 
-    def _in_slot(self, weight: _Weight, slot: _Slot) -> nn.Parameter:
+    def _in_slot(self, weight: Weight, slot: _Slot) -> nn.Parameter:
         values = weight.view(slot.buffer)
         if transform := self.transforms.get(weight.name):
             values.copy_(transform(values))
         return nn.Parameter(values, requires_grad=False)
 
-    def _on_device(self, weight: _Weight) -> nn.Parameter:
+    def _on_device(self, weight: Weight) -> nn.Parameter:
         """A parameter on the device, outside of the buffers."""
         values = weight.own.data.to(self.device, weight.dtype) if weight.plain else weight.own.data.to(self.device)
         if transform := self.transforms.get(weight.name):
             values = transform(values)
         return nn.Parameter(values, requires_grad=False)
 
-    def _gather(self, group: _Group) -> None:
+    def _gather(self, group: Group) -> None:
         """Bring a group's weights together and let the layers have them there: what they had before is given back."""
         if group.host is not None or not group.size:
             return
-        host = _HostBuffer(group.size, pin=self._stream is not None and self.pinned + group.size <= self.pin_limit)
+        host = HostBuffer(group.size, pin=self._stream is not None and self.pinned + group.size <= self.pin_limit)
         self._fill(host.bytes, group)
         for weight in group.plain:
             weight.own = nn.Parameter(weight.view(host.bytes), requires_grad=False)
@@ -366,7 +272,7 @@ class Offloader:
 
 
 class _GroupHook(ModelHook):
-    def __init__(self, offloader: Offloader, group: _Group):
+    def __init__(self, offloader: Offloader, group: Group):
         self.offloader, self.group = offloader, group
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -376,61 +282,3 @@ class _GroupHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.offloader.leave(self.group)
         return output
-
-
-def _plan(
-    module: nn.Module, layers: Iterator[tuple[str, list[nn.Module]]], dtype: torch.dtype | None, keep_below: int
-) -> tuple[list[_Group], list[_Weight]]:
-    """Make groups of layers; what is in none of them stays on the device."""
-    weights: dict[int, _Weight] = {}
-    for path, owner in module.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            cast = dtype if dtype and parameter.is_floating_point() else parameter.dtype
-            weight = _Weight(f"{path}.{name}" if path else name, [], parameter, cast)
-            weights.setdefault(id(parameter), weight).owners.append((owner, name))
-    groups = []
-    for name, modules in layers:
-        inner = {id(m) for module in modules for m in module.modules()}
-        members = {id(p) for module in modules for p in module.parameters()}
-        group = _Group(name, modules, [weight for i, weight in weights.items() if i in members])
-        shared = any(id(owner) not in inner for weight in group.weights for owner, _ in weight.owners)
-        if shared or not group.weights or sum(weight.size for weight in group.weights) < keep_below:
-            continue
-        groups.append(group)
-        for i in members:
-            del weights[i]
-    return groups, list(weights.values())
-
-
-def _blocks(module: nn.Module, blocks_per_group: int, prefix: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
-    """Consecutive entries of the outermost lists of modules."""
-    for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            entries = [entry for entry in child if any(True for _ in entry.parameters())]
-            for start in range(0, len(entries), blocks_per_group):
-                yield f"{prefix}{name}.{start}", entries[start : start + blocks_per_group]
-        else:
-            yield from _blocks(child, blocks_per_group, f"{prefix}{name}.")
-
-
-def _leaves(module: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
-    for name, layer in module.named_modules():
-        # Text encoders ask their embedding's weights which device tokens go to.
-        if not isinstance(layer, nn.Embedding) and not any(True for _ in layer.children()):
-            yield name, [layer]
-
-
-def read_ahead(weights: list[_Weight]) -> None:
-    """Tell Linux that these will be needed soon: it reads meanwhile what is mapped from disk."""
-    if sys.platform != "linux":
-        return
-    for weight in weights:
-        start = weight.own.data_ptr()
-        page = start - start % mmap.PAGESIZE
-        size = start + weight.own.numel() * weight.own.element_size() - page
-        _libc().madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), MADV_WILLNEED)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

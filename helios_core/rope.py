@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -49,21 +48,6 @@ def rope_table(
     if pool > 1:
         table = F.avg_pool3d(pad_to_multiple(table, (pool, pool, pool)), pool)
     return table.flatten(2).transpose(1, 2)
-
-
-@lru_cache(maxsize=16)
-def cached_rope_table(
-    frame_indices: tuple[int, ...],
-    height: int,
-    width: int,
-    rope_dim: tuple[int, int, int],
-    theta: float,
-    pool: int,
-    device: torch.device,
-) -> Tensor:
-    """`rope_table`, kept: a pyramid has six, of some 7 MB together at 384x640. Not to be written to."""
-    with torch.inference_mode(False):  # whatever mode asks first: an inference tensor would not serve all others
-        return rope_table(frame_indices, height, width, rope_dim, theta, pool, device)
 
 
 def apply_rope_(x: Tensor, table: Tensor) -> Tensor:

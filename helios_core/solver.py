@@ -34,70 +34,49 @@ def dmd_step(latents: Tensor, flow: Tensor, sigma: float, sigma_next: float, sta
 
 
 @dataclass(frozen=True)
-class UniPCState:
-    """What a multistep solver remembers between two steps of a stage."""
+class Point:
+    """What a multistep solver remembers of a step."""
 
-    latents: Tensor  # where the last prediction started
+    latents: Tensor  # where it started
     x0: Tensor  # its data prediction
     sigma: float
-    order: int
-    older_x0: Tensor | None = None  # the data prediction before that
-    older_sigma: float = 1.0
 
 
 def unipc_step(
-    state: UniPCState | None, latents: Tensor, flow: Tensor, sigma: float, sigma_next: float, last: bool
-) -> tuple[Tensor, UniPCState]:
+    past: tuple[Point, ...], latents: Tensor, flow: Tensor, sigma: float, sigma_next: float, last: bool
+) -> tuple[Tensor, tuple[Point, ...]]:
     """UniPC of order 2 with B(h) = e^h - 1 ("bh2") on data predictions (arXiv 2302.04867).
 
     The flow just predicted first corrects how its own latents were reached, then predicts the next. The first step
-    of a stage, for want of a past, and the last are of order 1.
+    of a stage, for want of a past, and the last are of order 1. Hand the points that come back to the next step.
     """
     x0 = to_x0(latents, flow, sigma)
-    if state is not None:
-        latents = _correct(state, x0, sigma)
-    order = 1 if state is None or last else 2
-    older_x0, older_sigma = (state.x0, state.sigma) if state is not None else (None, 1.0)
-    new = UniPCState(latents, x0, sigma, order, older_x0, older_sigma)
-    return _predict(new, sigma_next), new
+    if past:
+        latents = _advance(past, sigma, x0)
+    past = (*past[-1:], Point(latents, x0, sigma))
+    return _advance(past[-1:] if last else past, sigma_next), past
 
 
-def _log_snr(sigma: float) -> float:
-    return math.log(1 - sigma) - math.log(max(sigma, SIGMA_MIN))
-
-
-def _linear_part(state: UniPCState, sigma: float) -> tuple[Tensor, float, float]:
-    """(the step without differences, its weight for differences, h in log-SNR)"""
-    h = _log_snr(sigma) - _log_snr(state.sigma)
+def _advance(past: tuple[Point, ...], sigma: float, newest: Tensor | None = None) -> Tensor:
+    """The latents at sigma from the last point (order 1) or two (order 2); corrected, if x0 at sigma is known."""
+    start = past[-1]
+    h = _log_snr(sigma) - _log_snr(start.sigma)
     weight = (1 - sigma) * math.expm1(-h)
-    ratio = max(sigma, SIGMA_MIN) / max(state.sigma, SIGMA_MIN)
-    return ratio * state.latents - weight * state.x0, weight, h
+    latents = max(sigma, SIGMA_MIN) / max(start.sigma, SIGMA_MIN) * start.latents - weight * start.x0
+    if len(past) == 1:
+        return latents if newest is None else latents - weight * (0.5 * (newest - start.x0))
 
-
-def _older_difference(state: UniPCState, h: float) -> tuple[Tensor, float]:
-    """Slope towards the data prediction before the last, and its distance in units of h."""
-    assert state.older_x0 is not None
-    r = (_log_snr(state.older_sigma) - _log_snr(state.sigma)) / h
-    return (state.older_x0 - state.x0) / r, r
-
-
-def _predict(state: UniPCState, sigma_next: float) -> Tensor:
-    linear, weight, h = _linear_part(state, sigma_next)
-    if state.order == 1:
-        return linear
-    slope, _ = _older_difference(state, h)
-    return linear - weight * (0.5 * slope)
-
-
-def _correct(state: UniPCState, x0: Tensor, sigma: float) -> Tensor:
-    linear, weight, h = _linear_part(state, sigma)
-    newest = x0 - state.x0
-    if state.order == 1:
-        return linear - weight * (0.5 * newest)
+    r = (_log_snr(past[0].sigma) - _log_snr(start.sigma)) / h  # where the older point is, in units of h
+    slope = (past[0].x0 - start.x0) / r
+    if newest is None:
+        return latents - weight * (0.5 * slope)
     # Weights (a, b) of both differences: a + b = b1, r a + b = b2, with phi functions of -h over B(h).
-    slope, r = _older_difference(state, h)
     phi1 = math.expm1(-h) / -h - 1
     b1 = phi1 / math.expm1(-h)
     b2 = 2 * (phi1 / -h - 0.5) / math.expm1(-h)
     a = (b1 - b2) / (1 - r)
-    return linear - weight * (a * slope + (b1 - a) * newest)
+    return latents - weight * (a * slope + (b1 - a) * (newest - start.x0))
+
+
+def _log_snr(sigma: float) -> float:
+    return math.log(1 - sigma) - math.log(max(sigma, SIGMA_MIN))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,10 @@ from .config import TransformerConfig
 from .history import FrameIndices, History
 from .layers import Block, Builder, ConditionEmbedder, KeysValues, Modulation, OutputNorm
 from .prepared import PreparedHistory, PreparedText
-from .rope import cached_rope_table, pad_to_multiple, rope_table
+from .rope import pad_to_multiple, rope_table
 
 MID_POOL, LONG_POOL = 2, 4  # how much coarser than the short history they are patchified, in t, y and x
+KEPT_ROPE_TABLES = 16  # a pyramid has six, of some 7 MB together at 384x640
 
 BlockText = Tensor | KeysValues
 RunBlock = Callable[[int, Block, Tensor, BlockText, Modulation, Tensor, bool], Tensor]
@@ -40,6 +41,7 @@ class HeliosTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self._rope_tables: dict[tuple, Tensor] = {}  # by what they were asked with, the oldest first
         build = Builder(operations, dtype, device)
         width, channels = config.inner_dim, config.in_channels
         self.patch_embedding = build.patch_embedding(channels, width, self.kernel(1))
@@ -111,6 +113,10 @@ class HeliosTransformer(nn.Module):
         t, h, w = self.config.patch_size
         return t * pool, h * pool, w * pool
 
+    def count_tokens(self, shape: Sequence[int], pool: int = 1) -> int:
+        """How many tokens latents (..., T, H, W) become, padded up to whole patches that are `pool` times coarser."""
+        return math.prod(math.ceil(size / kernel) for size, kernel in zip(shape[-3:], self.kernel(pool), strict=True))
+
     def token_grid(self, latents: Tensor) -> tuple[int, int, int]:
         """Tokens in time, height and width; latents the patch size does not divide are cut, as the convolution does."""
         t, h, w = (size // patch for size, patch in zip(latents.shape[-3:], self.config.patch_size, strict=True))
@@ -133,5 +139,19 @@ class HeliosTransformer(nn.Module):
         return torch.cat(tokens, dim=1), torch.cat(tables, dim=1)
 
     def rope(self, frames: tuple[int, ...], grid: tuple[int, int, int], pool: int, device: torch.device) -> Tensor:
-        table = rope_table if torch.compiler.is_compiling() else cached_rope_table
-        return table(frames, grid[1], grid[2], self.config.rope_dim, self.config.rope_theta, pool, device)
+        """The table of one part of the sequence, (2, S, head_dim / 2), kept for the next step. Not to be written to."""
+        asked = (frames, grid[1], grid[2], self.config.rope_dim, self.config.rope_theta, pool, device)
+        if torch.compiler.is_compiling():
+            return rope_table(*asked)
+        if asked not in self._rope_tables:
+            if len(self._rope_tables) == KEPT_ROPE_TABLES:
+                del self._rope_tables[next(iter(self._rope_tables))]
+            # Whatever mode asks first: an inference tensor would not serve all others.
+            with torch.inference_mode(False):
+                self._rope_tables[asked] = rope_table(*asked)
+        return self._rope_tables[asked]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> HeliosTransformer:
+        """Where the weights go to another device, nothing stays behind on the old one."""
+        self._rope_tables.clear()
+        return super()._apply(*args, **kwargs)

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..helios_core.config import CHUNK_FRAMES
+from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from .host.compat import schema
 from .host.decode import decode_chunks
 from .host.memory import offloaded_vae, offloading
@@ -61,10 +61,11 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
                 *offload_inputs(DECODE_TOOLTIP),
             ],
             outputs=[
-                io.Image.Output(
-                    display_name="images",
-                    tooltip="24 a second: set Create Video to fps 24.",
-                )
+                io.Image.Output(display_name="images", tooltip="24 a second: connect `fps` to Create Video too."),
+                io.Float.Output(
+                    display_name="fps",
+                    tooltip="24 frames a second, the models' own rate. Connect it to Create Video, which is set to 30.",
+                ),
             ],
         )
 
@@ -75,7 +76,8 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         check_vae(vae)
         with offloaded_vae(vae, offloading(group_offload, blocks_per_group, "disk")) as decoder:
-            return io.NodeOutput(decode_chunks(latent, decoder, trim, drop_first, crossfade))
+            images = decode_chunks(latent, decoder, trim, drop_first, crossfade)
+        return io.NodeOutput(images, float(FRAME_RATE))
 
 
 NODES = [HeliosChunkedVAEDecode]

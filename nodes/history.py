@@ -14,11 +14,11 @@ from ..helios_core.config import (
     LATENT_CHANNELS,
     NATIVE_HEIGHT,
     NATIVE_WIDTH,
+    PATCH,
     SPATIAL_SCALE,
     num_chunks,
 )
 from ..helios_core.history import HistoryLayout
-from ..helios_core.schedule import PATCH
 from ..helios_core.video import NOISE_SIGMAS, HistorySeed, VideoState
 from .host.compat import advanced, schema
 from .host.conditioning import check_conditioning, set_history

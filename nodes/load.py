@@ -15,7 +15,7 @@ from .host.guard import listable
 from .host.memory import WEIGHTS_IN, Offloading, offloading
 from .host.model import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
 from .host.official import find_folder, list_folders, read_schedule
-from .host.progress import clear_warning, warn
+from .host.progress import Notes
 from .host.widgets import checked
 from .offload import offload_inputs
 from .schedule import HeliosScheduleSocket
@@ -29,6 +29,10 @@ DTYPE_TOOLTIP = (
 WEIGHTS_IN_TOOLTIP = (
     "Where group offloading keeps the weights. host: in memory, once. disk: in the file, read again for every step; a "
     "file from scripts/convert_checkpoint.py, on a fast SSD."
+)
+IDLE_WEIGHTS_IN = (
+    "weights_in is disk, but does nothing while group_offload is off: ComfyUI decides where the weights are. Set "
+    "group_offload to block or leaf to run them from disk."
 )
 
 
@@ -58,10 +62,12 @@ def find_model(name: Any) -> str:
     return path
 
 
-def load(path: str, dtype: DtypeChoice, how: Offloading | None, node_id: str | None) -> Any:
-    """The MODEL of a file or folder. Says so on the node where offloading to disk cannot spare memory."""
-    if how is not None and how.weights_in == "disk" and (warning := converted_on_reading(path, dtype)):
-        warn(warning, node_id)
+def load(path: str, dtype: DtypeChoice, how: Offloading | None, weights_in: str, notes: Notes) -> Any:
+    """The MODEL of a file or folder. Says so on the node where weights_in disk spares no memory."""
+    if weights_in == "disk":
+        warning = IDLE_WEIGHTS_IN if how is None else converted_on_reading(path, dtype)
+        if warning:
+            notes.warn(warning)
     return load_model(path, dtype, offloading=how)
 
 
@@ -96,9 +102,7 @@ class HeliosModelLoader(io.ComfyNode):
     @checked
     def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
-        path = find_model(model_name)
-        clear_warning(cls.hidden.unique_id)
-        return io.NodeOutput(load(path, dtype, how, cls.hidden.unique_id))
+        return io.NodeOutput(load(find_model(model_name), dtype, how, weights_in, Notes(cls.hidden.unique_id)))
 
 
 class HeliosDiffusersLoader(io.ComfyNode):
@@ -141,11 +145,11 @@ class HeliosDiffusersLoader(io.ComfyNode):
     def execute(cls, folder, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         path = find_folder(folder)
-        clear_warning(cls.hidden.unique_id)
+        notes = Notes(cls.hidden.unique_id)
         schedule, warning = read_schedule(path)
         if warning:
-            warn(warning, cls.hidden.unique_id)
-        model = load(str(path), dtype, how, cls.hidden.unique_id)
+            notes.warn(warning)
+        model = load(str(path), dtype, how, weights_in, notes)
         text_dtype = None if dtype in ("auto", "fp8_e4m3fn") else DTYPES[dtype]
         return io.NodeOutput(model, load_text_encoder(path, text_dtype), load_vae(path), schedule)
 

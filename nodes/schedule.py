@@ -48,7 +48,7 @@ def shift_level_input() -> io.Combo.Input:
         default="stage",
         tooltip=(
             "Which pyramid level's size sets a stage's timestep shift. stage: as the models were trained. "
-            "stage_below: as diffusers 0.42 does; choose it to get the very same video as there."
+            "stage_below: as diffusers 0.42 does; choose it to get the same video as there."
         ),
     )
 

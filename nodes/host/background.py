@@ -28,6 +28,11 @@ class Background:
             self._stream.wait_stream(torch.cuda.current_stream())  # what the work reads may still be on its way
         self._work = self._thread.submit(contextvars.copy_context().run, self._run, work, *args)
 
+    def check(self) -> None:
+        """Raise what the work has raised, once; returns at once where it is still under way."""
+        if self._work is not None and self._work.done():
+            self.wait()
+
     def wait(self) -> None:
         """Return when nothing is under way. Raises what the work has raised, once."""
         work, self._work = self._work, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS
-from ...helios_core.generate import Chunk, PredictFlow, generate
+from ...helios_core.generate import Chunk, PredictFlow, Step, generate
 from ...helios_core.guidance import cfg, cfg_zero_star, projection
 from ...helios_core.history import History, Memory
 from ...helios_core.regular_file import check_unchanged
@@ -43,9 +43,11 @@ class HeliosGuider(comfy.samplers.CFGGuider):
     next chunk would follow on.
     """
 
-    conds: dict[str, list[dict[str, Any]]]  # by the host: processed, per prompt
+    original_conds: dict[str, list[dict[str, Any]]]  # by the host: as they were set, per prompt
+    conds: dict[str, list[dict[str, Any]]]  # by the host: processed
     loaded_models: list[Any]  # by the host: what it has loaded beside the model
     on_chunk: Callable[[Chunk], None]
+    on_step: Callable[[], None]
     cache: RunCache | None = None  # while it runs
 
     def __init__(
@@ -80,26 +82,30 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.done, self.memory = done, memory
         self.rng.set_state(rng_state)
 
-    def run(self, on_chunk: Callable[[Chunk], None], beside: Sequence[Any] = ()) -> None:
+    def run(
+        self,
+        on_chunk: Callable[[Chunk], None],
+        beside: Sequence[Any] = (),
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
         """Denoise all chunks that are not done; on_chunk is called with each, normalised, on the model's device.
 
-        The patchers `beside` are loaded together with the model.
+        The patchers `beside` are loaded together with the model. on_step is called after each step.
         """
-        self.on_chunk = on_chunk
+        self.on_chunk, self.on_step = on_chunk, on_step
         check_unchanged(self.model_patcher.model.files)
         # The host sizes memory by the noise it is given: one chunk, however long the video. Noise is drawn in the loop.
         noise = torch.zeros(self.chunk_shape)
         plan = stages(self.schedule, noise.shape[-2], noise.shape[-1], first_chunk=False)
         sigmas = torch.cat([*(stage.timesteps / TRAIN_STEPS for stage in plan), torch.zeros(1)]).float()
-        for name, conds in self.original_conds.items():
-            for cond in conds:
-                cond.update(self.sizes(name))
-                if beside:
-                    cond["additional_models"] = [*cond.get("additional_models", []), *beside]
+        given = self.original_conds
+        self.original_conds = self.sized_conds(beside)
         try:
             self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=self.rng.initial_seed())
         finally:
+            self.original_conds = given
             release(self.model_patcher)
+            self.memory = self.memory.to("cpu")
 
     def inner_sample(
         self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **newer
@@ -108,25 +114,32 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.conds = comfy.samplers.process_conds(
             self.inner_model, noise, self.conds, device, latent_image, denoise_mask, seed, **newer
         )
+        for cond in (cond for conds in self.conds.values() for cond in conds if TRACK_KEY not in cond):
+            # Up once: the host would send it to the device with every step.
+            cond["model_conds"]["c_crossattn"] = comfy.conds.CONDCrossAttn(cond["cross_attn"].to(device))
         self.options = comfy.model_patcher.create_model_options_clone(self.model_options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
 
-        start = self.first_index + self.done
+        progress = SamplingProgress(self.model_patcher, self.steps(self.chunks), done=self.steps(self.done))
+
+        def on_step(step: Step) -> None:
+            progress(step)
+            self.on_step()
+
         loop = generate(
             self.bind_chunk,
             self.schedule,
             self.memory.to(device),
             self.chunks - self.done,
             self.rng,
-            first_index=start,
+            first_index=self.first_index + self.done,
             skip_first_chunk=self.skip_first_chunk,
-            on_step=SamplingProgress(self.model_patcher, self.steps(self.chunks), done=self.steps(self.done)),
+            on_step=on_step,
         )
         with self.caching(device):
             for chunk in loop:
                 self.memory = chunk.memory
                 self.on_chunk(chunk)
-        self.memory = self.memory.to("cpu")
         return latent_image  # the host wants one back; the chunks are with their consumer
 
     def sizes(self, name: str) -> dict[str, Any]:
@@ -134,6 +147,16 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         used = name == "positive" or self.schedule.guided
         cached = used and can_cache(self.model_patcher, self.model_options, self.original_conds)
         return {MEMORY_KEY: self.memory, TEXT_CACHED_KEY: cached}
+
+    def sized_conds(self, beside: Sequence[Any] = ()) -> dict[str, list[dict[str, Any]]]:
+        """The conds with what the host is to count and to load for them: the patchers `beside` too."""
+        return {
+            name: [
+                {**cond, **self.sizes(name), "additional_models": [*cond.get("additional_models", []), *beside]}
+                for cond in conds
+            ]
+            for name, conds in self.original_conds.items()
+        }
 
     @contextmanager
     def caching(self, device: torch.device) -> Iterator[None]:
@@ -156,8 +179,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
 
     def sampling_memory(self) -> tuple[float, float]:
         """Bytes that predictions of a chunk need, and the least they get by with, by the host's way of estimating."""
-        conds = {name: [{**cond, **self.sizes(name)} for cond in conds] for name, conds in self.original_conds.items()}
-        return comfy.sampler_helpers.estimate_memory(self.model_patcher, self.chunk_shape, conds)
+        return comfy.sampler_helpers.estimate_memory(self.model_patcher, self.chunk_shape, self.sized_conds())
 
     def load_again(self) -> None:
         """Load the model once more, between two chunks, where something else may have taken its place."""
@@ -170,19 +192,20 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         """Predict with this history and the chunk's prompt: the host's conds, with these in their model_conds."""
         check_unchanged(self.model_patcher.model.files)
         extra = history_conds(history, self.memory.layout)
+        prompts = {}  # where they lie in memory: comparing them on the device would wait for it
 
         def with_chunk(cond: dict[str, Any]) -> dict[str, Any]:
             model_conds = {**cond["model_conds"], **extra}
+            prompts[cond["uuid"]] = cond["cross_attn"]
             if TRACK_KEY in cond:
-                prompt = cond[TRACK_KEY].at(index - self.first_index)
-                model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(prompt)
+                prompts[cond["uuid"]] = prompt = cond[TRACK_KEY].at(index - self.first_index)
+                model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(prompt.to(history.short.device))
             return {**cond, "model_conds": model_conds}
 
         self.chunk_conds = {name: [with_chunk(cond) for cond in conds] for name, conds in self.conds.items()}
 
         if self.cache is not None:
-            conds = [cond for group in self.chunk_conds.values() for cond in group]
-            self.cache.start_chunk({cond["uuid"]: cond["model_conds"]["c_crossattn"].cond for cond in conds})
+            self.cache.start_chunk(prompts)
         self.restart_trajectory()
         sampling: FlowSampling = self.inner_model.model_sampling
 

@@ -25,8 +25,8 @@ def normalise(latents: Tensor) -> Tensor:
 
 def to_vae_space(latents: Tensor) -> Tensor:
     """From normalised space to VAE space, as LATENT sockets have it: float32 on the host's intermediate device."""
-    latents = comfy.latent_formats.Wan21().process_out(latents.float())
-    return latents.to(comfy.model_management.intermediate_device())
+    latents = latents.to(comfy.model_management.intermediate_device())
+    return comfy.latent_formats.Wan21().process_out(latents.float())
 
 
 def is_plain(value: Any) -> TypeGuard[Tensor]:

@@ -168,11 +168,10 @@ class HeliosModel(comfy.model_base.BaseModel):
         """Bytes of activations of one forward, for a noisy chunk (B, 16, 9, h, w) and the histories in cond_shapes."""
         network: HeliosNetwork = self.diffusion_model
         config = network.config
-        batch, _, frames, height, width = input_shape
-        tokens = batch * frames * height * width / 4
+        batch = input_shape[0]
+        tokens = batch * network.count_tokens(input_shape)
         for name, pool in HISTORY.items():
-            for b, _, count, h, w in (cond_shapes or {}).get(name, ()):
-                tokens += b * math.ceil(count / pool) * math.ceil(h / 2 / pool) * math.ceil(w / 2 / pool)
+            tokens += sum(shape[0] * network.count_tokens(shape, pool) for shape in (cond_shapes or {}).get(name, ()))
         dtype = self.manual_cast_dtype or network.dtype
         element = dtype.itemsize
         prompts = sum(batch * length for batch, length in (cond_shapes or {}).get(TEXT_CACHED_KEY, ()))

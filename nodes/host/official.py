@@ -96,9 +96,8 @@ def _search(root: Path) -> Iterator[tuple[str, Path]]:
         folder, above = queue.popleft()
         config = folder / "transformer" / "config.json"
         if os.path.isfile(config):  # unlike Path.is_file, never raises
-            name = folder.relative_to(root).as_posix()
-            if _may_be_helios(config) and _can_be_named(name):
-                yield name, folder
+            if _may_be_helios(config):
+                yield folder.relative_to(root).as_posix(), folder
         elif len(above) <= DEPTH:
             for path in _folders_in(folder):
                 if (real := os.path.realpath(path)) not in above:  # or it is a link back, and a way without end
@@ -122,16 +121,6 @@ def _may_be_helios(config: Path) -> bool:
     except CheckpointError as error:
         _tell_once(f"{config.parents[1]} is not listed among the Helios models: {error}")
         return False
-
-
-def _can_be_named(name: str) -> bool:
-    """Whether the page can show a name and send it back: on Linux a name may be bytes of any encoding."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        _tell_once(f"The folder {quoted(name)} is not listed among the Helios models: its name is no UTF-8. Rename it.")
-        return False
-    return True
 
 
 def _tell_once(message: str) -> None:

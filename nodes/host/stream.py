@@ -105,7 +105,8 @@ def stream(
             tail[:] = [write_saved(guider, writer, saved)]
         try:
             if guider.done < guider.chunks:
-                guider.run(on_chunk, beside=[writer.vae.patcher] if decode_beside else [])
+                beside = [writer.vae.patcher] if decode_beside else []
+                guider.run(on_chunk, beside, on_step=background.check)  # a video that cannot be written is not sampled
                 background.wait()
         except BaseException:
             writer.stopped = True

@@ -116,8 +116,8 @@ def cfg_zero_without_init(monkeypatch):
 
 
 def euler_for_unipc(monkeypatch):
-    def step(state, latents, flow, sigma, sigma_next, last):
-        return latents + (sigma_next - sigma) * flow, None
+    def step(past, latents, flow, sigma, sigma_next, last):
+        return latents + (sigma_next - sigma) * flow, past
 
     monkeypatch.setattr(loop, "unipc_step", step)
 
@@ -175,9 +175,27 @@ def test_chunks_come_as_soon_as_they_are_made(models):
     )
     with torch.no_grad():
         next(chunks)
-        assert [step.chunk for step in steps] == [0] * 12  # amplified
+        assert [step.latents.shape[-1] for step in steps] == [2] * 4 + [4] * 4 + [8] * 4  # amplified
         next(chunks)
-    assert [(step.stage, step.index) for step in steps[12:]] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [step.latents.shape[-1] for step in steps[12:]] == [2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_chunk_that_is_not_finite_ends_the_video(value):
+    def bind(index, past):
+        def predict_flow(latents, timestep, sigma):
+            flow = torch.randn_like(latents)
+            if index == 1:
+                flow[0, 3, 4, 5, 6] = value
+            return flow
+
+        return predict_flow
+
+    schedule_ = replace(BASE, steps=(2,))
+    chunks = loop.generate(bind, schedule_, Memory.empty(1, 8, 8), 3, torch.Generator())
+    assert next(chunks).latents.isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"Chunk 2 of the video is not finite.*fp16.*LoRA.*model file"):
+        next(chunks)
 
 
 @pytest.mark.parametrize(("schedule_", "skipped"), [(MID, 2), (replace(MID, zero_steps=0), 1), (BASE, 0)])

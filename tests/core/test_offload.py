@@ -68,18 +68,17 @@ def test_what_is_where(model, inputs):
     block = sum(p.numel() * 4 for p in model.blocks[0].parameters())
     others = sum(p.numel() * 4 for p in model.parameters()) - 6 * block
     offloader = Offloader(model, "cpu", blocks_per_group=2, keep_below=0)
-    assert offloader.report().device == 0
+    assert offloader.used == 0
     with offloader:
-        assert offloader.report().device == offloader.report().kept == others
+        assert offloader.used == offloader.kept_size == others
         model(*inputs)
-        report = offloader.report()
-    assert offloader.device_size == others + report.buffers
-    assert 4 * block <= report.buffers < 4.1 * block  # two buffers of two blocks
-    assert report.groups == 3
-    assert report.resident_groups == ("blocks.0", "blocks.4")  # the first is back, for the next step
-    assert report.device == report.peak == others + 4 * block
-    assert 8 * block <= report.moved < 8.2 * block
-    assert offloader.report().device == offloader.report().buffers == 0
+        assert offloader.resident == ("blocks.0", "blocks.4")  # the first is back, for the next step
+        assert offloader.used == offloader.peak == others + 4 * block
+    assert offloader.device_size == others + offloader.buffers * offloader.buffer_size
+    assert 4 * block <= offloader.buffers * offloader.buffer_size < 4.1 * block  # two buffers of two blocks
+    assert len(offloader.groups) == 3
+    assert 8 * block <= offloader.moved < 8.2 * block
+    assert offloader.used == 0 and not offloader.resident
 
 
 def test_weights_exist_once(model):
@@ -138,12 +137,12 @@ def test_order_is_learnt():
         for _ in range(3):
             for i in (2, 0, 3, 1):
                 x = layers[i](x)
-        before = offloader.report().moved
+        before = offloader.moved
         for i in (2, 0, 3, 1):
             x = layers[i](x)
         size = offloader.groups[0].size
-        assert offloader.report().moved - before == 4 * size  # nothing was copied in vain
-        assert offloader.report().resident_groups == ("layers.2", "layers.1")
+        assert offloader.moved - before == 4 * size  # nothing was copied in vain
+        assert offloader.resident == ("layers.2", "layers.1")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("copy"), RuntimeError("allocation")])

@@ -10,8 +10,8 @@ from comfyui_helios.helios_core.attention import sdpa
 from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.layers import Modulation
-from comfyui_helios.helios_core.rope import apply_rope_, cached_rope_table, rope_table
-from comfyui_helios.helios_core.transformer import HeliosTransformer
+from comfyui_helios.helios_core.rope import apply_rope_, rope_table
+from comfyui_helios.helios_core.transformer import KEPT_ROPE_TABLES, HeliosTransformer
 from videos import CASES, our_transformer, our_video
 
 CONFIGS = {
@@ -128,14 +128,21 @@ def test_the_last_block_leaves_out_what_nobody_reads():
 
 
 def test_rope_tables_are_kept_for_every_mode():
-    arguments = ((0, 3, 5), 4, 6, (8, 8, 8), 1e4, 2, torch.device("cpu"))
-    cached_rope_table.cache_clear()
+    ours = network()
+    asked = ((0, 3, 5), (3, 4, 6), 2, torch.device("cpu"))
     with torch.inference_mode():
-        table = cached_rope_table(*arguments)
-    assert cached_rope_table(*arguments) is table
+        table = ours.rope(*asked)
+    assert ours.rope(*asked) is table
     assert not table.is_inference()
-    assert torch.equal(table, rope_table(*arguments))
-    assert not torch.equal(cached_rope_table((0, 3, 6), *arguments[1:]), table)
+    assert torch.equal(table, rope_table((0, 3, 5), 4, 6, (8, 8, 8), 1e4, 2))
+    assert not torch.equal(ours.rope((0, 3, 6), *asked[1:]), table)
+
+
+def test_rope_tables_of_many_sizes_do_not_pile_up():
+    ours = network()
+    for width in range(1, 100):
+        ours.rope((0, 1), (2, 1, width), 1, torch.device("cpu"))
+    assert len(ours._rope_tables) == KEPT_ROPE_TABLES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,9 +11,12 @@ from comfyui_helios.helios_core.schedule import (
     DISTILLED,
     MID,
     PRESETS,
+    SIGMA_MAX,
     Schedule,
     dynamic_shift_mu,
     schedule_from_config,
+    shift_time,
+    stage_tokens,
     stages,
 )
 
@@ -161,6 +164,17 @@ def test_pyramid_of_other_settings_equals_the_references(variant, settings):
 def test_size_it_cannot_make_names_the_nearest(schedule, size, nearest):
     with pytest.raises(ValueError, match=f"nearest that works is {nearest}"):
         schedule.check_size(*size)
+
+
+@pytest.mark.parametrize("schedule", [BASE, MID], ids=["base", "mid"])
+def test_size_whose_first_sigma_would_be_one_is_refused(schedule):
+    """UniPC needs its log-SNR. The largest that runs is 4.9 megapixels, 20 times the models' own."""
+    schedule.check_size(2048, 2368)
+    assert stages(schedule, 2048 // 8, 2368 // 8, first_chunk=False)[-1].sigmas[0] < 1
+    with pytest.raises(ValueError, match="leaves it no steps to take .* Make a smaller video"):
+        schedule.check_size(2048, 2560)
+    mu = dynamic_shift_mu(stage_tokens(schedule, len(schedule.steps) - 1, 2048 // 8, 2560 // 8), schedule)
+    assert shift_time(torch.tensor([SIGMA_MAX], dtype=torch.float64), "exponential", mu) == 1
 
 
 def test_sizes_it_can_make():

@@ -8,7 +8,7 @@ import torch
 import oracle
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
-from comfyui_helios.helios_core.transformer import HeliosTransformer
+from comfyui_helios.helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
 
 CASES = {
     "tiny": {},
@@ -109,13 +109,29 @@ def test_published_size():
         assert math.prod(model.token_grid(torch.empty(1, 16, 9, 48 // stage, 80 // stage))) == count
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 16), (6, 10), (48, 80)])
+def test_tokens_are_counted_as_they_are_made(size):
+    with torch.device("meta"):
+        model = HeliosTransformer(TransformerConfig(num_layers=1))
+        history = Memory.empty(1, *size).history()
+        tokens, _ = model.embed_history(history)
+    parts = ((history.long, LONG_POOL), (history.mid, MID_POOL), (history.short, 1))
+    assert sum(model.count_tokens(part.shape, pool) for part, pool in parts) == tokens.shape[1]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_layers": "2"}, "num_layers must be a whole number above 0, got '2'"),
+        ({"num_layers": "2"}, "num_layers must be a whole number from 1 to 65536, got '2'"),
         ({"num_layers": None}, "num_layers"),
         ({"ffn_dim": 0}, "ffn_dim"),
         ({"patch_size": [1, 2]}, "patch_size must be three whole numbers"),
+        ({"patch_size": [1, 4, 4]}, r"patch_size is \(1, 4, 4\).*has \(1, 2, 2\)"),
+        ({"patch_size": [2, 2, 2]}, "patch_size"),
+        ({"in_channels": 48}, "in_channels is 48.*has 16"),
+        ({"out_channels": 32}, "out_channels"),
+        ({"freq_dim": 31}, "freq_dim must be even.*got 31"),
         ({"eps": "x"}, "eps must be a number"),
         ({"rope_dim": [44, 42, 40]}, "add up to"),
     ],

@@ -90,7 +90,7 @@ def test_the_host_sees_the_same_node(node):
     assert node.define_schema().node_id == plain.define_schema().node_id
 
 
-def test_the_message_about_a_name_is_printable():
+def test_a_refused_name_is_printable():
     [loader] = [node for node in all_nodes() if issubclass(node, HeliosModelLoader)]
     with pytest.raises(ValueError) as caught:
         loader.execute(model_name=HOSTILE, dtype="auto")

@@ -70,9 +70,8 @@ def test_same_latents(folder, expected, how):
     for _ in range(2):
         assert torch.equal(sample(model, QUICK, chunks=2)["samples"], expected)
         assert not hooked(model.model)
-    report = model.offloader.report()
-    assert report.moved > 2 * sum(p.numel() * 4 for p in model.model.diffusion_model.blocks.parameters())
-    assert report.buffers == 0  # released
+    assert model.offloader.moved > 2 * sum(p.numel() * 4 for p in model.model.diffusion_model.blocks.parameters())
+    assert model.offloader.used == 0 and not model.offloader.resident  # released
     assert model.loaded_size() == 0
 
 
@@ -105,7 +104,7 @@ def test_the_host_is_told_what_it_takes(folder):
     largest = max(p.numel() * 4 for p in model.model.parameters())
     assert model.model_size() == pytest.approx(2 * largest, rel=0.05)
     comfy.model_management.load_models_gpu([model])
-    assert model.loaded_size() == model.model_size() == model.offloader.report().kept + model.offloader.report().buffers
+    assert model.loaded_size() == model.model_size() == model.offloader.device_size
     assert model.partially_unload(None, 1) == 0 and hooked(model.model)
     comfy.model_management.unload_all_models()
     assert model.loaded_size() == 0 and not hooked(model.model)
@@ -268,13 +267,16 @@ def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch)
 
     said = []
     monkeypatch.setattr(loaders, "find_folder", lambda name: official)
-    monkeypatch.setattr(loaders, "warn", lambda message, node_id=None: said.append(message))
+    monkeypatch.setattr("comfyui_helios.nodes.host.progress.tell", lambda text, node_id: said.append(text))
     node = type("Node", (HeliosDiffusersLoader,), {"hidden": SimpleNamespace(unique_id=None)})
     assert isinstance(node.execute("x", "bf16", "leaf", 1, "host").result[0], OffloadPatcher)
     assert not said
     node.execute("x", "bf16", "leaf", 1, "disk")
     assert len(said) == 1 and "used in (bf16)" in said[0] and "--dtype bf16" in said[0]
     assert not isinstance(node.execute("x", "bf16").result[0], OffloadPatcher)
+    assert len(said) == 1
+    node.execute("x", "bf16", "off", 1, "disk")
+    assert "does nothing while group_offload is off" in said[1]
 
 
 @pytest.mark.parametrize("wrong", [("blocks",), ("block", 0), ("leaf", 1, "ram")], ids=str)

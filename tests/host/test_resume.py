@@ -146,6 +146,25 @@ def test_resuming_changes_nothing_but_files(parts, whole):
     assert all((a == b).all() for a, b in zip(planes(video.get_stream_source()), whole[0], strict=True))
 
 
+def test_a_chunk_that_is_not_finite_is_neither_saved_nor_encoded(parts, whole, output, said):
+    calls = []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(args)
+        flow = executor(*args, **kwargs)
+        return flow * float("nan") if len(calls) == 8 else flow  # in the third chunk of three steps each
+
+    broken = parts.model.clone()
+    broken.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    with pytest.raises(FloatingPointError, match="Chunk 3 of the video is not finite"):
+        run(Parts(broken, parts.vae))
+    assert len(calls) == 9
+    assert len(chunk_files(output)) == 2
+    assert temporary_files() == []
+    check_same(run(parts), whole, output)
+    assert said[-1] == f"Resumed after chunk 2 of {CHUNKS}."
+
+
 @pytest.mark.parametrize("after", range(CHUNKS - 1))
 def test_a_run_that_was_cut_off_goes_on_to_the_same_video(parts, whole, output, said, after):
     cut_off(parts, after)

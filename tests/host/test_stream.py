@@ -3,6 +3,7 @@
 import errno
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from comfy_api.latest import InputImpl, Types
 
 import oracle
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
-from comfyui_helios.nodes.host import room, stream, video_file
+from comfyui_helios.nodes.host import background, room, stream, video_file
 from comfyui_helios.nodes.host.guider import HeliosGuider
 from comfyui_helios.nodes.host.video_file import VideoFile, check_target
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
@@ -54,7 +55,7 @@ def empty_temp():
 def node_by_node(parts, start, seed=3, **decoding):
     """(LATENT, IMAGE) of the sampler and the decoder."""
     [latent] = run_node(HeliosChunkedSampler, parts.model, *start, QUICK, seed)
-    [images] = run_node(HeliosChunkedVAEDecode, latent, parts.vae, **{"trim": False, **decoding})
+    images, _ = run_node(HeliosChunkedVAEDecode, latent, parts.vae, **{"trim": False, **decoding})
     return latent, images
 
 
@@ -328,6 +329,31 @@ def test_an_error_while_decoding_leaves_nothing(parts, overlap, at):
     assert temporary_files() == []
     assert threading.active_count() == threads
     assert stream_video(parts, beginning(33))[0][0].get_frame_count() == 33
+
+
+def test_a_failed_decoding_ends_the_run_at_the_next_step(parts, monkeypatch):
+    """Not only when the next chunk is finished, which at full size takes minutes."""
+    works, steps = [], []
+
+    class Watched(ThreadPoolExecutor):
+        def submit(self, *args, **kwargs):
+            works.append(super().submit(*args, **kwargs))
+            return works[-1]
+
+    def wrapper(executor, *args, **kwargs):
+        steps.append(args)
+        if works:
+            assert works[0].exception(60)
+        return executor(*args, **kwargs)
+
+    monkeypatch.setattr(background, "ThreadPoolExecutor", Watched)
+    model = parts.model.clone()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    both, _ = watched(Parts(model, parts.vae), failing(RuntimeError("not enough memory"), 1))
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        stream_video(both, beginning(99))
+    assert len(steps) == 3 + 1  # the first chunk, and one step of the second
+    assert temporary_files() == []
 
 
 @pytest.mark.parametrize("overlap", ["auto", "off"])

@@ -43,6 +43,15 @@ def test_a_workflow_gives_whole_chunks(server, info, name):
     assert abs(frames[40].astype(int) - frames[50]).mean() > 5  # and it moves
 
 
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+def test_a_workflow_takes_the_rate_of_its_video_from_the_decoder(info, name):
+    """Create Video's own says 30, and the models make 24."""
+    api = small_api(name, info)
+    rates = [node["inputs"]["fps"] for node in api.values() if node["class_type"] == "CreateVideo"]
+    assert len(rates) == (name != "helios_stream")
+    assert all((api[node]["class_type"], slot) == ("HeliosChunkedVAEDecode", 1) for node, slot in rates)
+
+
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
 def test_the_loaders_own_schedule_is_that_of_the_workflow(server, info, variant):
     """What the folder's files say, against the schedule node with its defaults."""

@@ -21,8 +21,8 @@ from harness.host import Host
 from harness.small import find, small_api
 
 NAME, NODE = "helios_stream", "HeliosStreamVideo"
-LONG = 20  # chunks of the runs that are killed
-KILLS = int(os.environ.get("HELIOS_KILLS", "2"))  # `make soak` takes 20
+LONG = 8  # chunks of the runs that are killed
+KILLS = int(os.environ.get("HELIOS_KILLS", "1"))  # `make soak` takes 20
 FAULTS = '''
 """Nodes that fail on demand."""
 

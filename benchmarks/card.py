@@ -1,0 +1,71 @@
+"""What the parts of a run on a GPU share: the shape that is measured, random inputs, medians."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import seconds
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helios_core.config import TransformerConfig
+from helios_core.history import History
+
+TEXT_LENGTH = 512
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its video."""
+
+    config: TransformerConfig = field(default_factory=TransformerConfig)
+    latents: tuple[int, int] = (48, 80)
+    decoded: tuple[int, int] = (48, 80)  # latents, from the first row and column on
+    matrix: int = 8192  # rows and columns of the product that the peak is measured with
+    vae: dict[str, Any] = field(default_factory=lambda: {"dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2})
+    compiler: str = "inductor"
+    turns: int = 5
+    chunks: int = 3  # whose frames per second are taken
+
+
+REAL = Shape()
+TINY = Shape(
+    TransformerConfig(
+        num_attention_heads=2, attention_head_dim=32, rope_dim=(12, 10, 10), ffn_dim=128, text_dim=64, num_layers=2
+    ),
+    (8, 8),
+    (2, 2),
+    512,
+    {"dim": 2, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+    "eager",  # compiles nothing, which any machine can
+    turns=1,
+    chunks=1,
+)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, device=device(), dtype=torch.bfloat16)
+
+
+def median(function: Callable[[], Any], turns: int) -> float:
+    """Seconds; warm, but for a single turn, which is for the rehearsal."""
+    if turns > 1:
+        function()
+    return statistics.median(seconds(function) for _ in range(turns))
+
+
+def low(history: History) -> History:
+    """In bf16, as a bf16 network takes it."""
+    return replace(history, **{name: getattr(history, name).bfloat16() for name in ("long", "mid", "short")})

@@ -1,0 +1,148 @@
+"""The pieces that group offloading moves: weights, the groups they travel in, and where in host memory a group lies."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256  # bytes; where a tensor may begin in a buffer
+MADV_WILLNEED = 3
+
+
+@dataclass(eq=False)
+class Weight:
+    """One parameter: who has it, and where it lies in its group's buffer."""
+
+    name: str
+    owners: list[tuple[nn.Module, str]]  # more than one where modules share it
+    own: nn.Parameter
+    dtype: torch.dtype  # that it computes in
+    offset: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is bytes in memory. Tensor classes of their own, as quantised weights are, move themselves."""
+        return type(self.own.data) is Tensor
+
+    @property
+    def size(self) -> int:
+        return self.own.numel() * self.dtype.itemsize
+
+    def renew(self) -> bool:
+        """Whether its owner was given another parameter since; then this is the one."""
+        module, name = self.owners[0]
+        before, self.own = self.own, module._parameters[name]  # type: ignore[assignment]  # never None
+        return self.own is not before
+
+    def place(self, parameter: nn.Parameter) -> None:
+        for module, name in self.owners:
+            module._parameters[name] = parameter
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.offset + self.size].view(self.dtype).view(self.own.shape)
+
+
+class HostBuffer:
+    """Host memory in one piece, locked in place where the driver agrees: never a second copy of what is in it."""
+
+    def __init__(self, size: int, pin: bool):
+        self.bytes = torch.empty(size, dtype=torch.uint8)
+        address = self.bytes.data_ptr()
+        # Not torch's own pinned memory: its allocator rounds up to a power of two.
+        self.pinned = pin and int(torch.cuda.cudart().cudaHostRegister(address, size, 1)) == 0
+        if self.pinned:
+            weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address).atexit = False
+        elif pin:
+            _forget_cuda_error()
+
+
+def _forget_cuda_error() -> None:
+    """A refusal stays behind as CUDA's last error, which the next operation would raise: let this one."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+
+class Group:
+    """Layers that travel together."""
+
+    def __init__(self, name: str, modules: list[nn.Module], weights: list[Weight]):
+        self.name, self.modules, self.weights = name, modules, weights
+        self.host: HostBuffer | None = None  # its weights in one piece, once they are gathered
+        self.plain = [weight for weight in weights if weight.plain]
+        self.size = 0
+        for weight in self.plain:
+            weight.offset = self.size
+            self.size += -(-weight.size // ALIGNMENT) * ALIGNMENT
+
+    def renew(self) -> None:
+        renewed = [weight.renew() for weight in self.weights]
+        if any(renewed):
+            self.host = None
+
+
+def plan_groups(
+    module: nn.Module, layers: Iterator[tuple[str, list[nn.Module]]], dtype: torch.dtype | None, keep_below: int
+) -> tuple[list[Group], list[Weight]]:
+    """Make groups of layers; what is in none of them stays on the device."""
+    weights: dict[int, Weight] = {}
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            cast = dtype if dtype and parameter.is_floating_point() else parameter.dtype
+            weight = Weight(f"{path}.{name}" if path else name, [], parameter, cast)
+            weights.setdefault(id(parameter), weight).owners.append((owner, name))
+    groups = []
+    for name, modules in layers:
+        inner = {id(m) for module in modules for m in module.modules()}
+        members = {id(p) for module in modules for p in module.parameters()}
+        group = Group(name, modules, [weight for i, weight in weights.items() if i in members])
+        shared = any(id(owner) not in inner for weight in group.weights for owner, _ in weight.owners)
+        if shared or not group.weights or sum(weight.size for weight in group.weights) < keep_below:
+            continue
+        groups.append(group)
+        for i in members:
+            del weights[i]
+    return groups, list(weights.values())
+
+
+def block_lists(module: nn.Module, blocks_per_group: int, prefix: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
+    """Consecutive entries of the outermost lists of modules."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            entries = [entry for entry in child if any(True for _ in entry.parameters())]
+            for start in range(0, len(entries), blocks_per_group):
+                yield f"{prefix}{name}.{start}", entries[start : start + blocks_per_group]
+        else:
+            yield from block_lists(child, blocks_per_group, f"{prefix}{name}.")
+
+
+def single_layers(module: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    for name, layer in module.named_modules():
+        # Text encoders ask their embedding's weights which device tokens go to.
+        if not isinstance(layer, nn.Embedding) and not any(True for _ in layer.children()):
+            yield name, [layer]
+
+
+def read_ahead(weights: list[Weight]) -> None:
+    """Tell Linux that these will be needed soon: it reads meanwhile what is mapped from disk."""
+    if sys.platform != "linux":
+        return
+    for weight in weights:
+        start = weight.own.data_ptr()
+        page = start - start % mmap.PAGESIZE
+        size = start + weight.own.numel() * weight.own.element_size() - page
+        _libc().madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), MADV_WILLNEED)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

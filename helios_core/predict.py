@@ -1,0 +1,39 @@
+"""What the chunk loop asks for its flow, where that is the core's own transformer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .generate import BindChunk, PredictFlow
+from .history import History
+from .schedule import Schedule
+from .transformer import HeliosTransformer
+
+
+def bind_transformer(
+    network: HeliosTransformer, schedule: Schedule, positive: Tensor, negative: Tensor | None = None
+) -> BindChunk:
+    """Predict with prompts (B, L, text_dim), guided as the schedule says; latents keep their dtype.
+
+    Prompts are prepared once and histories once a chunk, so the weights must not change meanwhile. Raises ValueError
+    where the schedule guides and there is no negative prompt.
+    """
+    prompts = [positive]
+    if schedule.guided:
+        if negative is None:
+            raise ValueError(f"guidance_scale {schedule.guidance_scale} needs a negative prompt; give its embedding.")
+        prompts.append(negative)
+    texts = [network.prepare_text(prompt.to(network.dtype)) for prompt in prompts]
+
+    def bind(index: int, history: History) -> PredictFlow:
+        past = network.prepare_history(history.to(network.dtype))
+
+        def predict(latents: Tensor, timestep: float, sigma: float) -> Tensor:
+            time = torch.full(latents.shape[:1], timestep, device=latents.device)
+            flows = [network(latents.to(network.dtype), time, text, past).to(latents.dtype) for text in texts]
+            return schedule.guide(*flows) if schedule.guided else flows[0]
+
+        return predict
+
+    return bind
