@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,13 @@ def beginning(frames: int, **inputs: Any) -> tuple[Any, Any, Any]:
 def stream_video(parts: Parts, start: tuple, schedule: Any = QUICK, seed: int = 3, **settings: Any) -> tuple[list, Any]:
     """(videos, tail LATENT) of Helios Stream Video."""
     return run_node(HeliosStreamVideo, parts.model, *start, schedule, parts.vae, seed=seed, **{**SETTINGS, **settings})
+
+
+def cleaned_up() -> None:
+    """Wait for what is cleaned up in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "helios-clean-up":
+            thread.join()
 
 
 def temporary_files() -> list[str]:

@@ -18,7 +18,7 @@ def check_vae(vae: Any) -> None:
     What a VAE does not tell of itself, its results will: those are checked too.
     """
     found = _other_shape(vae)
-    if found is None and not (hasattr(vae, "encode") and hasattr(vae, "decode")):
+    if found is None and (isinstance(vae, bytes) or not hasattr(vae, "decode")):  # bytes have one, too
         found = f"input got a value of the type {type(vae).__name__}"
     if found:
         raise ValueError(f"The VAE {found}; expected {WANTED}. Connect that one.")

@@ -58,7 +58,7 @@ def _expected(widget: Any, value: Any) -> str | None:
     if isinstance(widget, io.Boolean.Input):
         return None if isinstance(value, Integral) else "true or false"
     if isinstance(widget, io.Combo.Input):
-        return None if isinstance(value, str) and _encodes(value) else "one of its choices"
+        return None if isinstance(value, str) else "one of its choices"
     if isinstance(widget, io.String.Input):
         return None if isinstance(value, str) and _encodes(value) else "text that can be written as UTF-8"
     return None

@@ -10,7 +10,7 @@ import torch
 
 import oracle
 from comfyui_helios.helios_core.regular_file import CheckpointError
-from comfyui_helios.nodes.host import resume
+from comfyui_helios.nodes.host import run_folder
 from comfyui_helios.nodes.host.graph_key import fingerprint, graph_key
 from comfyui_helios.nodes.host.model import load_model
 from comfyui_helios.nodes.load import HeliosDiffusersLoader, HeliosModelLoader
@@ -159,7 +159,9 @@ def test_any_name_has_a_fingerprint(models, name):
 
 @pytest.mark.parametrize("name", ["\ud800", "x" * 10**6, "../..", "", "a\0b", 5, None, ["3", 0], "nowhere"])
 def test_a_name_of_no_file_is_refused_in_plain_text(models, name):
-    with pytest.raises(ValueError, match="There is no model .* in models/diffusion_models") as error:
+    with pytest.raises(
+        ValueError, match=r"There is no model .* in models/diffusion_models|^`model_name` is (5|None|\[)"
+    ) as error:
         HeliosModelLoader.execute(name, "auto")
     assert str(error.value).encode().isascii()
     assert len(str(error.value)) < 500
@@ -193,7 +195,7 @@ def test_chunks_of_two_models_are_never_joined(models, parts, official, weights)
     """The transformer is replaced while the host still has the old one: nothing is saved under the new file's key."""
     start = beginning(33 * CHUNKS)
     settings = {"start": start, "resume": True, "unique_id": "5"}
-    saved = models / "output" / resume.FOLDER
+    saved = models / "output" / run_folder.FOLDER
 
     def chunk_files():
         return sorted(saved.rglob("*.safetensors"))

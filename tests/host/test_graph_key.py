@@ -6,7 +6,7 @@ import os
 import folder_paths
 import pytest
 
-from comfyui_helios.nodes.host import resume
+from comfyui_helios.nodes.host import run_folder
 from comfyui_helios.nodes.host.graph_key import graph_key
 from streams import GRAPH, graph
 
@@ -49,7 +49,7 @@ def renumber(prompt):
 
 def test_ids_order_titles_and_what_is_elsewhere_do_not_count(files):
     key = graph_key(GRAPH, "5")
-    assert resume.KEY.fullmatch(key)
+    assert run_folder.KEY.fullmatch(key)
     assert graph_key(renumber(GRAPH), "95") == key
     titled = copy.deepcopy(GRAPH)
     titled["2"]["_meta"] = {"title": "Prompt"}
@@ -173,7 +173,7 @@ def test_texts_of_all_kinds_are_no_files(files):
     ):
         prompt = copy.deepcopy(GRAPH)
         prompt["2"]["inputs"]["positive"] = text
-        assert resume.KEY.fullmatch(graph_key(prompt, "5"))
+        assert run_folder.KEY.fullmatch(graph_key(prompt, "5"))
 
 
 def test_a_node_that_is_not_there_has_no_key(files):
@@ -189,4 +189,4 @@ def test_texts_that_look_like_paths_and_links_to_nothing(files, monkeypatch):
 
     (files / "models" / "diffusers" / "Helios-Distilled" / "transformer" / "missing.safetensors").symlink_to("nowhere")
     monkeypatch.setattr(folder_paths, "get_full_path", windows)
-    assert resume.KEY.fullmatch(graph_key(GRAPH, "5"))
+    assert run_folder.KEY.fullmatch(graph_key(GRAPH, "5"))

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from streams import (
     WIDTH,
     Parts,
     beginning,
+    cleaned_up,
     graph,
     make_parts,
     planes,
@@ -88,13 +88,6 @@ KIND = resume.Kind((1, 16, 9, HEIGHT // 8, WIDTH // 8), resume.HistoryLayout(), 
 def opened(key, note=""):
     """The saved run of DRIFTING at the usual size."""
     return resume.open_run(key, KIND, note)
-
-
-def cleaned_up():
-    """Wait for what is cleaned up in the background."""
-    for thread in threading.enumerate():
-        if thread.name == "helios-clean-up":
-            thread.join()
 
 
 def chunk_files(folder):

@@ -18,7 +18,7 @@ from comfyui_helios.nodes.host import resume, run_folder, run_note, video_file
 from comfyui_helios.nodes.host.disk import DAY
 from comfyui_helios.nodes.host.resume import HistoryLayout, Kind, Memory, SavedChunk, Statistics, open_run
 from comfyui_helios.nodes.host.run_folder import InUse, claimed
-from streams import GRAPH, beginning, make_parts, stream_video
+from streams import GRAPH, beginning, cleaned_up, make_parts, stream_video
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links and pipes for everybody are POSIX's")
 KEY = "a" * 64
@@ -64,12 +64,6 @@ def save_run(key=KEY, chunks=2):
         for index in range(chunks):
             run.save(index, make_chunk())
     cleaned_up()
-
-
-def cleaned_up():
-    for thread in threading.enumerate():
-        if thread.name == "helios-clean-up":
-            thread.join()
 
 
 def count():

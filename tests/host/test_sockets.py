@@ -66,7 +66,12 @@ def test_true_is_no_seed():
         with_widget("HeliosChunkedSampler", "seed", True)
 
 
-@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}, "\ud800"], ids=ascii)
+def test_a_lone_surrogate_is_no_text():
+    with pytest.raises(ValueError, match=r"^`negative` is '\\ud800'; expected text that can be written as UTF-8"):
+        with_widget("HeliosTextEncode", "negative", "\ud800")
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}], ids=ascii)
 @pytest.mark.parametrize("node, name", TEXTS)
 def test_what_is_no_text_is_refused(node, name, value):
     with pytest.raises(ValueError, match=rf"^`{name}` is .*; expected (one of its choices|text that can be written)"):

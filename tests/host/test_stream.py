@@ -30,6 +30,7 @@ from streams import (
     WIDTH,
     Parts,
     beginning,
+    cleaned_up,
     make_parts,
     packets,
     planes,
@@ -46,6 +47,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def empty_temp():
+    cleaned_up()
     for name in temporary_files():
         (Path(stream.folder_paths.get_temp_directory()) / name).unlink()
 
