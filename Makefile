@@ -118,8 +118,8 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/comfyui_helios
-	MYPYPATH=build/typing $(BIN)/mypy -p comfyui_helios.helios_core -p comfyui_helios.nodes
-	MYPYPATH=.:tests $(BIN)/mypy --explicit-package-bases --follow-imports silent --cache-dir build/mypy-scripts scripts tests/harness
+	MYPYPATH=build/typing $(BIN)/mypy -p comfyui_helios.helios_core -p comfyui_helios.nodes -p comfyui_helios.host
+	MYPYPATH=.:tests $(BIN)/mypy --explicit-package-bases --follow-imports silent --cache-dir build/mypy-scripts scripts tests/support/{browser,client,host,models,small,tiny,workflow}.py
 
 format: $(ENVIRONMENT)
 	$(BIN)/ruff check --fix .

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from helios_core.checkpoint import CONFIG_KEY, open_checkpoint, target_dtypes
 from helios_core.config import NATIVE_HEIGHT, NATIVE_WIDTH, SPATIAL_SCALE, TransformerConfig
-from helios_core.generate import PredictFlow, generate
+from helios_core.generate import PredictFlow, Run, generate
 from helios_core.history import History, Memory
 from helios_core.safetensors_file import read_tensors
 from helios_core.schedule import DISTILLED
@@ -75,7 +75,7 @@ def rows(case: str, file: Path, tiny: bool) -> Iterator[Row]:
         times = []
         with Offloader(model, device(), **settings) if settings else nullcontext():
             start = time.perf_counter()
-            for chunk in generate(bind, schedule, memory, CHUNKS, torch.Generator().manual_seed(0)):
+            for chunk in generate(bind, Run(schedule, memory, CHUNKS, torch.Generator().manual_seed(0))):
                 chunk.latents.sum().item()  # waits for the device
                 times.append(time.perf_counter() - start)
                 start = time.perf_counter()

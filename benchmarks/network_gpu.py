@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helios_core.config import CHUNK_FRAMES
-from helios_core.generate import PredictFlow, generate
+from helios_core.generate import PredictFlow, Run, generate
 from helios_core.history import History, Memory
 from helios_core.schedule import DISTILLED, Schedule
 from helios_core.transformer import HeliosTransformer
@@ -141,7 +141,7 @@ def make(
         return predict
 
     memory = Memory.empty(1, *latents).to(device())
-    for chunk in generate(bind, schedule, memory, count, torch.Generator().manual_seed(0)):
+    for chunk in generate(bind, Run(schedule, memory, count, torch.Generator().manual_seed(0))):
         yield chunk.latents
 
 

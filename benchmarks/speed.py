@@ -50,12 +50,12 @@ def load(path: Path) -> ModuleType:
 
 load(ROOT / "tests" / "conftest.py")  # makes the checkout importable as the package `comfyui_helios`
 
-import oracle  # noqa: E402
 from comfyui_helios.helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, TransformerConfig  # noqa: E402
-from comfyui_helios.helios_core.generate import BindChunk, PredictFlow, generate  # noqa: E402
+from comfyui_helios.helios_core.generate import BindChunk, PredictFlow, Run, generate  # noqa: E402
 from comfyui_helios.helios_core.history import History, Memory  # noqa: E402
 from comfyui_helios.helios_core.schedule import DISTILLED, Schedule  # noqa: E402
 from comfyui_helios.helios_core.transformer import HeliosTransformer  # noqa: E402
+from support import oracle  # noqa: E402
 
 LATENTS = (24, 40)
 STAGES = ((6, 10), (12, 20), (24, 40))
@@ -118,7 +118,7 @@ def bind_with(network: HeliosTransformer, text: Tensor) -> BindChunk:
 
 def our_chunks(bind: BindChunk, size: tuple[int, int], steps: tuple[int, ...], chunks: int = 1) -> Iterator[Tensor]:
     memory, rng = Memory.empty(1, *size), torch.Generator().manual_seed(0)
-    for chunk in generate(bind, schedule(*steps), memory, chunks, rng):
+    for chunk in generate(bind, Run(schedule(*steps), memory, chunks, rng)):
         yield chunk.latents
 
 
@@ -203,8 +203,8 @@ def through_nodes(compare: Compare) -> Iterator[Row]:
     load(HOST)
     import comfy.latent_formats
 
+    from comfyui_helios.host.model.loading import load_model
     from comfyui_helios.nodes.history import HeliosHistoryInjection
-    from comfyui_helios.nodes.host.model import load_model
     from comfyui_helios.nodes.sample import HeliosChunkedSampler
 
     def run(node: type, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +231,7 @@ def through_nodes(compare: Compare) -> Iterator[Row]:
 def decoding(compare: Compare) -> Iterator[Row]:
     """A chunk by the host's Wan VAE, which the nodes decode with, against diffusers'; then other ways to run it."""
     load(HOST)
-    from comfyui_helios.nodes.host.folder import load_vae
+    from comfyui_helios.host.files.vae import load_vae
 
     theirs = decode.random_vae()
     chunk = torch.randn(1, LATENT_CHANNELS, CHUNK_LATENTS, *DECODED, generator=torch.Generator().manual_seed(0))

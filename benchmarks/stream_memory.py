@@ -19,11 +19,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from measure import Peak, Row, table  # noqa: E402
 
-from harness.client import run_workflow  # noqa: E402
-from harness.host import Host  # noqa: E402
-from harness.models import make_tiny_models  # noqa: E402
-from harness.small import small_api  # noqa: E402
 from helios_core.config import CHUNK_FRAMES  # noqa: E402
+from support.client import run_workflow  # noqa: E402
+from support.host import Host  # noqa: E402
+from support.models import make_tiny_models  # noqa: E402
+from support.small import small_api  # noqa: E402
 
 WIDTH, HEIGHT = 448, 256
 SHORT, LONG = 4, 44  # chunks; 44 are a minute

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,35 +46,50 @@ class Chunk:
     memory: Memory  # with this chunk in it
 
 
-def generate(
-    bind: BindChunk,
-    schedule: Schedule,
-    memory: Memory,
-    chunks: int,
-    rng: torch.Generator,
-    *,
-    first_index: int = 0,
-    skip_first_chunk: bool = False,
-    on_step: Callable[[Step], None] = lambda step: None,
-) -> Iterator[Chunk]:
-    """Denoise `chunks` chunks that follow on memory, yielding each as soon as it is clean.
+@dataclass(frozen=True)
+class Run:
+    """What is to be denoised: `chunks` chunks that follow on `memory`."""
 
-    Runs on the device of memory.latents; random numbers come from rng, on its own device, in the reference's order.
-    first_index is the number of chunks this video already has: amplification is for chunk 0 alone. skip_first_chunk
-    takes the second chunk's first latent frame for the anchor, a cure for image-to-video that starts static.
+    schedule: Schedule
+    memory: Memory  # before the first of them; where it lies is where they are made
+    chunks: int
+    rng: torch.Generator  # gives all noise, on its own device, in the reference's order
+    first_index: int = 0  # chunks that this video has already: amplification is for chunk 0 alone
+    # Take the second chunk's first latent frame for the anchor: a cure for image-to-video that starts static.
+    skip_first_chunk: bool = False
+
+    @property
+    def chunk_shape(self) -> tuple[int, int, int, int, int]:
+        """Of one chunk: (B, 16, 9, H, W)."""
+        b, channels, _, height, width = self.memory.latents.shape
+        return b, channels, CHUNK_LATENTS, height, width
+
+    def steps(self, chunks: int) -> int:
+        """How many steps the first `chunks` of them take."""
+        return sum(self.schedule.steps_in_chunk(self.first_index + i) for i in range(chunks))
+
+    def after(self, done: int, memory: Memory) -> Run:
+        """What is left when the first `done` are made and have left this memory."""
+        return replace(self, memory=memory, chunks=self.chunks - done, first_index=self.first_index + done)
+
+
+def generate(bind: BindChunk, run: Run, on_step: Callable[[Step], None] = lambda step: None) -> Iterator[Chunk]:
+    """Denoise a run's chunks, yielding each as soon as it is clean.
+
     Raises FloatingPointError in place of a chunk that is not finite.
     """
-    b, channels, _, height, width = memory.latents.shape
+    schedule, memory, rng = run.schedule, run.memory, run.rng
+    *_, height, width = run.chunk_shape
     schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
-    for index in range(first_index, first_index + chunks):
+    for index in range(run.first_index, run.first_index + run.chunks):
         if schedule.anti_drift:
             memory = schedule.anti_drift.correct(memory, rng)
-        noise = torch.randn((b, channels, CHUNK_LATENTS, height, width), generator=rng, device=rng.device)
+        noise = torch.randn(run.chunk_shape, generator=rng, device=rng.device)
         latents = denoise_chunk(
             bind(index, memory.history()), schedule, noise.to(memory.latents.device), rng, index, on_step
         )
         check_finite(latents, index)
-        memory = memory.push(latents, reanchor=skip_first_chunk and index == 1)
+        memory = memory.push(latents, reanchor=run.skip_first_chunk and index == 1)
         if schedule.anti_drift:
             memory = schedule.anti_drift.observe(memory, latents)
         yield Chunk(index, latents, memory)
@@ -105,8 +120,8 @@ def denoise_chunk(
     for _ in plan[1:]:
         latents = halve(latents)
     for number, stage in enumerate(plan):
-        if stage.renoise:
-            latents = renoise(latents, *stage.renoise, schedule.gamma, rng)
+        if stage.entry:
+            latents = renoise(latents, *stage.entry, schedule.gamma, rng)
         for step in denoise_stage(predict_flow, schedule, stage, number, latents):
             on_step(step)
             latents = step.result

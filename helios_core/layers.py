@@ -85,7 +85,7 @@ class Modulation:
         history, noisy = (x.float().add(table).split(1, dim=1) for x in (self.history, self.noisy))
         return [Modulation(history[i], noisy[i], self.history_tokens) for i in range(rows)]
 
-    def noisy_only(self) -> Modulation:
+    def without_history(self) -> Modulation:
         """The same for a sequence without the history."""
         return replace(self, history_tokens=0)
 
@@ -238,7 +238,7 @@ class Block(nn.Module):
         start = history_tokens if noisy_only else 0
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.chunk(self.scale_shift_table, 6)
         if noisy_only:
-            gate, ffn_shift, ffn_scale, ffn_gate = (m.noisy_only() for m in (gate, ffn_shift, ffn_scale, ffn_gate))
+            gate, ffn_shift, ffn_scale, ffn_gate = (m.without_history() for m in (gate, ffn_shift, ffn_scale, ffn_gate))
 
         normed = modulated_norm(x, shift, scale, self.eps)
         query = self.attn1.queries(normed[:, start:], rope[:, start:])

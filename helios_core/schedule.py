@@ -217,7 +217,7 @@ class Stage:
 
     timesteps: Tensor  # (N,) float64 in train-step units, descending
     sigmas: Tensor  # (N + 1,) float64, ends in 0
-    renoise: tuple[float, float] | None  # (alpha, beta) on entry from the level below; None for the first stage
+    entry: tuple[float, float] | None  # weights (alpha, beta) of `renoise` on entering it; None for the first stage
 
 
 def stage_tokens(schedule: Schedule, index: int, height: int, width: int) -> int:
@@ -277,7 +277,7 @@ def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tu
         else:
             low, high = _timestep_range(schedule, index)
             timesteps = low + sigmas[:-1] * (high - low)
-        result.append(Stage(timesteps, sigmas, _renoise(schedule, index) if index else None))
+        result.append(Stage(timesteps, sigmas, _entry_weights(schedule, index) if index else None))
     return tuple(result)
 
 
@@ -296,7 +296,7 @@ def _stage_start(schedule: Schedule, index: int) -> float:
     return float(_global_sigmas()[int(schedule.stage_range[index] * TRAIN_STEPS)])
 
 
-def _renoise(schedule: Schedule, index: int) -> tuple[float, float]:
+def _entry_weights(schedule: Schedule, index: int) -> tuple[float, float]:
     """Weights of the doubled latents and of the block noise at a stage's start (pyramidal flow matching, eq. 15)."""
     sigma = _stage_start(schedule, index)
     alpha = 1 / (math.sqrt(1 + 1 / schedule.gamma) * sigma + (1 - sigma))
@@ -311,7 +311,7 @@ def _timestep_range(schedule: Schedule, index: int) -> tuple[float, float]:
         start = _stage_start(schedule, i)
         end = _stage_start(schedule, i + 1) if i + 1 < count else 0.0
         if i:  # a stage starts noisier than the one below ended: renoising lowers the share of signal by alpha
-            start = 1 - (1 - start) * _renoise(schedule, i)[0]
+            start = 1 - (1 - start) * _entry_weights(schedule, i)[0]
         distances.append(start - end)
     total = sum(distances)
     first = sum(distances[:index]) / total

@@ -32,7 +32,7 @@ class VideoHistory:
 
 
 @dataclass(frozen=True)
-class HistorySeed:
+class VideoStart:
     """What a video begins from; without a source from nothing, text-to-video.
 
     Images and videos get noise, drawn where sampling starts: the network was trained on histories of its own making.
@@ -52,7 +52,7 @@ class HistorySeed:
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"Noise sigmas must be 0 <= min <= max <= 1, got min {low} and max {high}.")
 
-    def start(self, batch: int, height: int, width: int, rng: torch.Generator) -> Memory:
+    def memory(self, batch: int, height: int, width: int, rng: torch.Generator) -> Memory:
         """The memory before the first chunk of a video of this size (in latents), float32 on the CPU.
 
         Draws from rng in the reference's order. Raises ValueError for a source of another size.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host.printable import guarded
 from . import compile, decode, history, load, prompts, sample, schedule, stream, text
-from .host.guard import guarded
 
 
 class HeliosExtension(ComfyExtension):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..helios_core.quoting import quoted
-from .host.compat import advanced, schema
-from .host.widgets import checked
+from ..host.compat import advanced, schema
+from ..host.widget_checks import checked
 
 BACKENDS = ("inductor", "cudagraphs")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -49,7 +49,7 @@ class HeliosCompile(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, model, backend="inductor", mode="default") -> io.NodeOutput:
-        from .host.compile import compile_blocks  # torch's compiler takes seconds to import
+        from ..host.model.compiled import compile_blocks
 
         if backend not in BACKENDS or mode not in MODES:
             raise ValueError(

@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
-from .host.compat import schema
-from .host.decode import decode_chunks
-from .host.memory import offloaded_vae, offloading
-from .host.vae import check_vae
-from .host.widgets import checked
+from ..host.compat import schema
+from ..host.model.offload_patcher import offloaded_vae, offloading
+from ..host.sockets.decoding import decode_chunks
+from ..host.sockets.vae import check_vae
+from ..host.widget_checks import checked
 from .offload import DECODE_TOOLTIP, offload_inputs
 
 

@@ -19,14 +19,14 @@ from ..helios_core.config import (
     num_chunks,
 )
 from ..helios_core.history import HistoryLayout
-from ..helios_core.video import NOISE_SIGMAS, HistorySeed, VideoState
-from .host.compat import advanced, schema
-from .host.conditioning import check_conditioning, set_history
-from .host.latent import STATE_KEY, follow
-from .host.media import Fit, encode_image, encode_video, needed_frames, prepare_images, video_frames
-from .host.progress import clear_warning, warn
-from .host.vae import check_vae
-from .host.widgets import checked
+from ..helios_core.video import NOISE_SIGMAS, VideoStart, VideoState
+from ..host.compat import advanced, schema
+from ..host.messages import clear_warning, warn
+from ..host.sockets.conditioning import check_conditioning, set_history
+from ..host.sockets.images import Fit, encode_image, encode_video, needed_frames, prepare_images, video_frames
+from ..host.sockets.latent import STATE_KEY, follow
+from ..host.sockets.vae import check_vae
+from ..host.widget_checks import checked
 
 
 def sigma_input(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -176,7 +176,7 @@ class HeliosHistoryInjection(io.ComfyNode):
         check_pixel_size(width, height)
         check_sources(vae, start_image=start_image, video=video, previous=previous)
         chunks = num_chunks(frames)
-        seed = HistorySeed(
+        start = VideoStart(
             layout=HistoryLayout((history_long, history_mid, history_short), keep_first_frame),
             skip_first_chunk=skip_first_chunk,
             add_noise=add_noise,
@@ -187,13 +187,13 @@ class HeliosHistoryInjection(io.ComfyNode):
         if start_image is not None:
             images = prepare_images(start_image, width, height, fit)
             batch_size = batch_of(len(images), batch_size)
-            seed = replace(seed, source=encode_image(vae, images))
+            start = replace(start, source=encode_image(vae, images))
         elif video is not None:
-            first, last, skipped = needed_frames(video_frames(video), seed.layout.frames)
+            first, last, skipped = needed_frames(video_frames(video), start.layout.frames)
             first, last = (prepare_images(part, width, height, fit) for part in (first, last))
-            seed = replace(seed, source=encode_video(vae, first, last, skipped))
+            start = replace(start, source=encode_video(vae, first, last, skipped))
         elif previous is not None:
-            seed, memory, carried = follow(seed, previous)
+            start, memory, carried = follow(start, previous)
             if not carried:
                 warn(
                     "The LATENT on `previous` has lost what Helios adds to it (Save Latent drops it): the video goes "
@@ -204,8 +204,8 @@ class HeliosHistoryInjection(io.ComfyNode):
         # Only its shape counts: one zero, so that a long video takes no memory before it is made.
         samples = torch.zeros(()).expand(batch_size, LATENT_CHANNELS, chunks * CHUNK_LATENTS, *size)
         return io.NodeOutput(
-            set_history(positive, seed),
-            set_history(negative, seed),
+            set_history(positive, start),
+            set_history(negative, start),
             {"samples": samples, STATE_KEY: VideoState(frames)},
         )
 

@@ -8,15 +8,16 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..helios_core.quoting import quoted
-from .host.compat import advanced, schema
-from .host.folder import load_text_encoder, load_vae
-from .host.graph_key import fingerprint
-from .host.guard import listable
-from .host.memory import WEIGHTS_IN, Offloading, offloading
-from .host.model import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
-from .host.official import find_folder, list_folders, read_schedule
-from .host.progress import Notes
-from .host.widgets import checked
+from ..host.compat import advanced, schema
+from ..host.files.official import find_folder, list_folders, read_schedule
+from ..host.files.text_encoder import load_text_encoder
+from ..host.files.vae import load_vae
+from ..host.messages import Notes
+from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
+from ..host.model.offload_patcher import WEIGHTS_IN, Offloading, offloading
+from ..host.printable import listable
+from ..host.stream.graph_key import fingerprint
+from ..host.widget_checks import checked
 from .offload import offload_inputs
 from .schedule import HeliosScheduleSocket
 

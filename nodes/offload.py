@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .host.compat import advanced
-from .host.memory import GROUP_OFFLOAD
+from ..host.compat import advanced
+from ..host.model.offload_patcher import GROUP_OFFLOAD
 
 TOOLTIP = (
     "For cards that the model does not fit. off: ComfyUI's own memory management. block: a few blocks are on the card "

@@ -12,13 +12,14 @@ from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from ..helios_core.video import PromptTrack
-from .host.compat import schema
-from .host.conditioning import check_conditioning
-from .host.memory import offloaded_clip, offloading
-from .host.progress import Notes, tell
-from .host.prompts import INCREMENT, find_track, fingerprint, read_prompts, set_track, text_files
-from .host.text import encode_prompt
-from .host.widgets import checked
+from ..host.compat import schema
+from ..host.files.prompt_file import INCREMENT, fingerprint, read_prompts, text_files
+from ..host.messages import Notes, tell
+from ..host.model.offload_patcher import offloaded_clip, offloading
+from ..host.sockets.conditioning import check_conditioning
+from ..host.sockets.prompt_track import find_track, set_track
+from ..host.sockets.text_encoding import encode_prompt
+from ..host.widget_checks import checked
 from .offload import offload_inputs
 from .text import NEGATIVE, POSITIVE
 

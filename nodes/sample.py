@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .host.collect import collect
-from .host.compat import schema
-from .host.progress import clear_warning, warn
-from .host.start import frames_asked, prepare, sampled, variant_warning
-from .host.widgets import checked
+from ..host.compat import schema
+from ..host.messages import clear_warning, warn
+from ..host.sampling.inputs import frames_asked, prepare, sampled, variant_warning
+from ..host.sampling.whole_video import collect
+from ..host.widget_checks import checked
 from .schedule import HeliosScheduleSocket
 
 
@@ -83,7 +83,7 @@ class HeliosChunkedSampler(io.ComfyNode):
         if warning := variant_warning(model, schedule):
             warn(warning, cls.hidden.unique_id)
         video = collect(guider)
-        return io.NodeOutput(sampled(video, frames_asked(latent, guider.chunks), guider))
+        return io.NodeOutput(sampled(video, frames_asked(latent, guider.run.chunks), guider))
 
 
 NODES = [HeliosChunkedSampler]

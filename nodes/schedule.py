@@ -8,9 +8,9 @@ from comfy_api.latest import io
 
 from ..helios_core.drift import AntiDrift
 from ..helios_core.schedule import BASE, DISTILLED, MID
-from .host.compat import advanced, schema
-from .host.schedule import check_schedule
-from .host.widgets import checked
+from ..host.compat import advanced, schema
+from ..host.sockets.schedule import check_schedule
+from ..host.widget_checks import checked
 
 HeliosScheduleSocket = io.Custom("HELIOS_SCHEDULE")
 

@@ -9,17 +9,19 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, SPATIAL_SCALE
+from ..host.compat import advanced, schema
+from ..host.messages import Notes
+from ..host.model.offload_patcher import GROUP_OFFLOAD, offloaded_vae, offloading
+from ..host.sampling.inputs import prepare, sampled, variant_warning
+from ..host.sockets.decoding import shown_frames
+from ..host.sockets.vae import check_vae
+from ..host.stream.mp4 import BIT_DEPTHS, check_target, finished_video
+from ..host.stream.one_pass import OnePass
+from ..host.stream.resuming import pick_up
+from ..host.stream.run_folder import FOLDER, KEPT_RUNS
+from ..host.stream.video_writer import VideoWriter
+from ..host.widget_checks import checked
 from .decode import frame_inputs
-from .host.compat import advanced, schema
-from .host.decode import shown_frames
-from .host.memory import GROUP_OFFLOAD, offloaded_vae, offloading
-from .host.progress import Notes
-from .host.run_folder import FOLDER, KEPT_RUNS
-from .host.start import prepare, sampled, variant_warning
-from .host.stream import VideoWriter, pick_up, stream
-from .host.vae import check_vae
-from .host.video_file import BIT_DEPTHS, check_target, finished_video
-from .host.widgets import checked
 from .offload import DECODE_TOOLTIP
 from .sample import model_inputs, seed_input, seed_mode_input
 
@@ -127,17 +129,17 @@ class HeliosStreamVideo(io.ComfyNode):
             raise ValueError(f"overlap_decode must be one of {', '.join(OVERLAP)}, got {overlap_decode!r}.")
         check_vae(vae)
         guider = prepare("Helios Stream Video", model, positive, negative, latent, schedule, seed, seed_mode)
-        *_, height, width = (side * SPATIAL_SCALE for side in guider.chunk_shape)
+        *_, height, width = (side * SPATIAL_SCALE for side in guider.run.chunk_shape)
         check_target(Path(folder_paths.get_temp_directory()), width, height)
-        shown = shown_frames(latent, guider.chunks, trim, drop_first)
+        shown = shown_frames(latent, guider.run.chunks, trim, drop_first)
         how = offloading(vae_offload, weights_in="disk")
         notes = Notes(cls.hidden.unique_id)
         if warning := variant_warning(model, schedule):
             notes.warn(warning)
         picked_up = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
-            writer = VideoWriter(decoder, guider.chunk_shape[0], shown, fps, crf, bit_depth)
-            files, tail = stream(guider, writer, overlap_decode == "auto", saved)
+            writer = VideoWriter(decoder, guider.run.chunk_shape[0], shown, fps, crf, bit_depth)
+            files, tail = OnePass(guider, writer, overlap_decode == "auto", saved).run()
         return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .host.compat import schema
-from .host.memory import offloaded_clip, offloading
-from .host.progress import Notes
-from .host.text import encode_prompt
-from .host.widgets import checked
+from ..host.compat import schema
+from ..host.messages import Notes
+from ..host.model.offload_patcher import offloaded_clip, offloading
+from ..host.sockets.text_encoding import encode_prompt
+from ..host.widget_checks import checked
 from .offload import offload_inputs
 
 POSITIVE = (

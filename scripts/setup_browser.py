@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from harness.browser import NO_BROWSER, find_chromium
+from support.browser import NO_BROWSER, find_chromium
 
 
 def works(path: str | None) -> bool:

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-import oracle
 from comfyui_helios.helios_core import generate as loop
 from comfyui_helios.helios_core import layers
 from comfyui_helios.helios_core import transformer as transformer_module
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.drift import AntiDrift
-from comfyui_helios.helios_core.generate import generate
+from comfyui_helios.helios_core.generate import Run, generate
 from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.pyramid import block_noise, double
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
-from pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
+from support import oracle
+from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 
 CHUNKS = 2
 QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
@@ -60,7 +60,7 @@ def sample(schedule, dtype=torch.float32, prepared=True, net=None, chunks=CHUNKS
         return predict
 
     memory = Memory.empty(1, 8, 8).to(CARD)
-    for chunk in generate(bind, schedule, memory, chunks, torch.Generator().manual_seed(0), on_step=check_step):
+    for chunk in generate(bind, Run(schedule, memory, chunks, torch.Generator().manual_seed(0)), on_step=check_step):
         for x in (chunk.latents, chunk.memory.latents, chunk.memory.anchor):
             assert (x.device, x.dtype) == (CARD, torch.float32)
 

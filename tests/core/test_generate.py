@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core import generate as loop
 from comfyui_helios.helios_core import history, schedule
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
-from videos import (
+from support import oracle
+from support.videos import (
     CASES,
     CHUNKS,
     TOLERANCE,
@@ -171,7 +171,7 @@ def test_chunks_come_as_soon_as_they_are_made(models):
     bind = guided(models[1], DISTILLED, *oracle.prompts())
     steps = []
     chunks = loop.generate(
-        bind, DISTILLED, Memory.empty(1, 8, 8), 2, torch.Generator().manual_seed(0), on_step=steps.append
+        bind, loop.Run(DISTILLED, Memory.empty(1, 8, 8), 2, torch.Generator().manual_seed(0)), on_step=steps.append
     )
     with torch.no_grad():
         next(chunks)
@@ -192,7 +192,7 @@ def test_a_chunk_that_is_not_finite_ends_the_video(value):
         return predict_flow
 
     schedule_ = replace(BASE, steps=(2,))
-    chunks = loop.generate(bind, schedule_, Memory.empty(1, 8, 8), 3, torch.Generator())
+    chunks = loop.generate(bind, loop.Run(schedule_, Memory.empty(1, 8, 8), 3, torch.Generator()))
     assert next(chunks).latents.isfinite().all()
     with pytest.raises(FloatingPointError, match=r"Chunk 2 of the video is not finite.*fp16.*LoRA.*model file"):
         next(chunks)
@@ -211,7 +211,7 @@ def test_steps_of_zero_flow_do_not_run(schedule_, skipped):
 
         return predict_flow
 
-    next(loop.generate(bind, schedule_, Memory.empty(1, 8, 8), 1, torch.Generator(), on_step=steps.append))
+    next(loop.generate(bind, loop.Run(schedule_, Memory.empty(1, 8, 8), 1, torch.Generator()), on_step=steps.append))
     assert len(asked) == len(steps) - skipped == sum(schedule_.steps) - skipped
 
 
@@ -247,4 +247,4 @@ def test_indices_with_an_anchor():
 
 def test_a_size_the_pyramid_cannot_make_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="nearest that works is 64x64"):
-        next(loop.generate(None, DISTILLED, Memory.empty(1, 6, 8), 1, torch.Generator()))
+        next(loop.generate(None, loop.Run(DISTILLED, Memory.empty(1, 6, 8), 1, torch.Generator())))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import recorded
 from comfyui_helios.helios_core import pyramid
 from comfyui_helios.helios_core.schedule import DISTILLED, MID, stages
+from support import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
@@ -35,7 +35,7 @@ def test_another_processor_computes_the_same(settings):
     """This one, held to what others have."""
     if settings.get("ATEN_CPU_CAPABILITY") == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("this processor has no AVX2")
-    env = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, recorded.__file__]
     differences = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     print(recorded.largest(differences))

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core.attention import sdpa
 from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.layers import Modulation
 from comfyui_helios.helios_core.rope import apply_rope_, rope_table
 from comfyui_helios.helios_core.transformer import KEPT_ROPE_TABLES, HeliosTransformer
-from videos import CASES, our_transformer, our_video
+from support import oracle
+from support.videos import CASES, our_transformer, our_video
 
 CONFIGS = {
     "tiny": {},

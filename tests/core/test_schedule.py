@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core.schedule import (
     BASE,
     DISTILLED,
@@ -19,6 +18,7 @@ from comfyui_helios.helios_core.schedule import (
     stage_tokens,
     stages,
 )
+from support import oracle
 
 H, W = 48, 80  # latents of 384 x 640
 
@@ -62,9 +62,9 @@ def test_published_timesteps(schedule, timesteps):
 def test_published_sigmas_and_renoise():
     plan = stages(DISTILLED, H, W, first_chunk=False)
     assert [stage.sigmas.tolist() for stage in plan] == [pytest.approx(row, abs=1e-6) for row in DISTILLED_SIGMAS]
-    assert plan[0].renoise is None
-    assert plan[1].renoise == pytest.approx((0.6001, 0.6926), abs=1e-4)
-    assert plan[2].renoise == pytest.approx((0.7498, 0.4333), abs=1e-4)
+    assert plan[0].entry is None
+    assert plan[1].entry == pytest.approx((0.6001, 0.6926), abs=1e-4)
+    assert plan[2].entry == pytest.approx((0.7498, 0.4333), abs=1e-4)
     assert [dynamic_shift_mu(n, DISTILLED) for n in (540, 2160, 8640)] == pytest.approx(
         [0.5481, 0.8223, 1.9192], abs=1e-4
     )
@@ -109,7 +109,7 @@ def test_official_files_give_the_preset(variant):
     for first in (True, False):
         for a, b in zip(stages(read, H, W, first), stages(PRESETS[variant], H, W, first), strict=True):
             assert a.timesteps.tolist() == b.timesteps.tolist()
-            assert a.renoise == b.renoise
+            assert a.entry == b.entry
     assert (read.solver, read.guidance, read.guidance_scale) == (
         PRESETS[variant].solver,
         PRESETS[variant].guidance,

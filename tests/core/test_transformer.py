@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
+from support import oracle
 
 CASES = {
     "tiny": {},

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core.config import num_chunks
 from comfyui_helios.helios_core.drift import AntiDrift
-from comfyui_helios.helios_core.generate import denoise_chunk, generate
+from comfyui_helios.helios_core.generate import Run, denoise_chunk, generate
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
-from comfyui_helios.helios_core.video import HistorySeed, ImageHistory, PromptTrack, VideoHistory
-from videos import TOLERANCE, Case, below, difference, guided, our_transformer, reference_video
+from comfyui_helios.helios_core.video import ImageHistory, PromptTrack, VideoHistory, VideoStart
+from support import oracle
+from support.videos import TOLERANCE, Case, below, difference, guided, our_transformer, reference_video
 
 SIZE = (64, 128)
 CASES = {
@@ -40,9 +40,9 @@ def bind_to(model, schedule, batch=1):
 @torch.no_grad()
 def run(model, schedule, seed, chunks, batch=1):
     rng = torch.Generator().manual_seed(3)
-    memory = seed.start(batch, SIZE[0] // 8, SIZE[1] // 8, rng)
+    memory = seed.memory(batch, SIZE[0] // 8, SIZE[1] // 8, rng)
     bind = bind_to(model, schedule, batch)
-    made = list(generate(bind, schedule, memory, chunks, rng, skip_first_chunk=seed.skip_first_chunk))
+    made = list(generate(bind, Run(schedule, memory, chunks, rng, skip_first_chunk=seed.skip_first_chunk)))
     return torch.cat([chunk.latents for chunk in made], dim=2), made[-1].memory, rng
 
 
@@ -51,7 +51,7 @@ def run(model, schedule, seed, chunks, batch=1):
 def test_image_to_video_equals_the_reference(models, case, skip):
     reference, ours = models
     image, last = latents(1, 1), latents(2, 1)
-    seed = HistorySeed(ImageHistory(image, last), skip_first_chunk=skip)
+    seed = VideoStart(ImageHistory(image, last), skip_first_chunk=skip)
     video, _, _ = run(ours, case.schedule, seed, 3)
     expected = reference_video(
         case, reference, *oracle.prompts(), image_latents=image, fake_image_latents=last, is_skip_first_chunk=skip
@@ -64,7 +64,7 @@ def test_image_to_video_equals_the_reference(models, case, skip):
 def test_video_to_video_equals_the_reference(models, case, frames):
     reference, ours = models
     first, past = latents(1, 1), latents(2, frames)
-    video, _, _ = run(ours, case.schedule, HistorySeed(VideoHistory(first, past)), 2)
+    video, _, _ = run(ours, case.schedule, VideoStart(VideoHistory(first, past)), 2)
     expected = reference_video(
         case,
         reference,
@@ -85,12 +85,12 @@ def test_without_noise_and_with_other_sigmas(models, kind):
     given = {"fake_image_latents": past} if kind == "image" else {"video_latents": past}
     case = CASES["distilled"]
 
-    video, _, _ = run(ours, case.schedule, HistorySeed(source, add_noise=False), 1)
+    video, _, _ = run(ours, case.schedule, VideoStart(source, add_noise=False), 1)
     off = {"add_noise_to_image_latents": False, "add_noise_to_video_latents": False}
     expected = reference_video(case, reference, *oracle.prompts(), frames=33, image_latents=first, **given, **off)
     assert difference(video, expected[:, :, past.shape[2] :]) <= TOLERANCE
 
-    seed = HistorySeed(source, image_sigmas=(0.2, 0.3), video_sigmas=(0.4, 0.5))
+    seed = VideoStart(source, image_sigmas=(0.2, 0.3), video_sigmas=(0.4, 0.5))
     video, _, _ = run(ours, case.schedule, seed, 1)
     sigmas = {"image_noise_sigma_min": 0.2, "image_noise_sigma_max": 0.3}
     sigmas |= {"video_noise_sigma_min": 0.4, "video_noise_sigma_max": 0.5}
@@ -118,9 +118,9 @@ def test_a_batch_is_what_its_items_are_alone(models, kind):
         }[kind]
 
     def sample(item, batch):
-        seed = HistorySeed(source(item), add_noise=False)
+        seed = VideoStart(source(item), add_noise=False)
         schedule = replace(BASE, steps=(3,), guidance_scale=1.0)
-        start = seed.start(batch, SIZE[0] // 8, SIZE[1] // 8, torch.Generator())
+        start = seed.memory(batch, SIZE[0] // 8, SIZE[1] // 8, torch.Generator())
         positive = oracle.prompts(batch=2)[0]
         if item is not None:
             positive = positive[item : item + 1]
@@ -139,15 +139,15 @@ def test_going_on_equals_one_run(models, name, anti_drift):
     """Two chunks, then two more from what they left, against four in one run: exactly equal."""
     _, ours = models
     schedule = replace(CASES[name].schedule, anti_drift=anti_drift)
-    whole, _, _ = run(ours, schedule, HistorySeed(), 4)
-    first, memory, rng = run(ours, schedule, HistorySeed(), 2)
+    whole, _, _ = run(ours, schedule, VideoStart(), 4)
+    first, memory, rng = run(ours, schedule, VideoStart(), 2)
     state = rng.get_state()
 
     rng = torch.Generator()
     rng.set_state(state)
-    again = HistorySeed(memory.to("cpu")).start(1, SIZE[0] // 8, SIZE[1] // 8, rng)
+    again = VideoStart(memory.to("cpu")).memory(1, SIZE[0] // 8, SIZE[1] // 8, rng)
     with torch.no_grad():
-        rest = generate(bind_to(ours, schedule), schedule, again, 2, rng, first_index=2)
+        rest = generate(bind_to(ours, schedule), Run(schedule, again, 2, rng, first_index=2))
         second = torch.cat([chunk.latents for chunk in rest], dim=2)
     assert torch.equal(torch.cat([first, second], dim=2), whole)
 
@@ -155,12 +155,12 @@ def test_going_on_equals_one_run(models, name, anti_drift):
 def test_a_history_of_another_size_is_refused():
     for source in (ImageHistory(latents(1, 1), latents(2, 1)), Memory(latents(1, 19), latents(2, 1))):
         with pytest.raises(ValueError, match="history is 128x64 in a batch of 1, but the video is 64x64"):
-            HistorySeed(source).start(1, 8, 8, torch.Generator())
+            VideoStart(source).memory(1, 8, 8, torch.Generator())
     two = ImageHistory(latents(1, 1, batch=2), latents(2, 1, batch=2))
     with pytest.raises(ValueError, match="batch of 2, but the video is 128x64 in a batch of 3"):
-        HistorySeed(two).start(3, 8, 16, torch.Generator())
+        VideoStart(two).memory(3, 8, 16, torch.Generator())
     with pytest.raises(ValueError, match="min <= max"):
-        HistorySeed(image_sigmas=(0.3, 0.2))
+        VideoStart(image_sigmas=(0.3, 0.2))
 
 
 @pytest.mark.parametrize("layout", [HistoryLayout(keep_first_frame=False), HistoryLayout((8, 2, 1)), HistoryLayout()])
@@ -175,7 +175,7 @@ def test_memory_fits_another_layout(layout):
 
 def test_runs_without_an_anchor(models):
     """diffusers' own pipelines fail there: the split of the history is made before its size is raised."""
-    seed = HistorySeed(layout=HistoryLayout(keep_first_frame=False))
+    seed = VideoStart(layout=HistoryLayout(keep_first_frame=False))
     video, memory, _ = run(models[1], replace(DISTILLED, steps=(1, 1, 1)), seed, 3)
     assert memory.anchor is None
     assert memory.latents.shape[2] == 20
@@ -241,8 +241,8 @@ def test_correction_touches_the_newest_chunk_of_the_memory_only():
 def test_correction_shows_in_later_chunks_only(models):
     always = AntiDrift(mean_threshold=-1.0, var_threshold=-1.0)
     schedule = replace(DISTILLED, steps=(1, 1, 1))
-    plain, _, _ = run(models[1], schedule, HistorySeed(), 1)
-    corrected, memory, _ = run(models[1], replace(schedule, anti_drift=always), HistorySeed(), 1)
+    plain, _, _ = run(models[1], schedule, VideoStart(), 1)
+    corrected, memory, _ = run(models[1], replace(schedule, anti_drift=always), VideoStart(), 1)
     assert torch.equal(plain, corrected)
     assert torch.equal(memory.latents[:, :, -9:], corrected)  # nothing is drawn after the last chunk
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.host import DIE_WITH_PARENT
+from support.host import DIE_WITH_PARENT
 
 TESTS = Path(__file__).resolve().parents[1]
 MEMORY = 700 * 2**20  # bytes that a case may take beyond what was there before it

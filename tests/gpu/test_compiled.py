@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from core_videos import SCHEDULES, largest_error, mean_error, network, video
+from support.core_videos import SCHEDULES, largest_error, mean_error, network, video
 
 QUICK = replace(SCHEDULES["base"], steps=(2,), guidance_scale=1.0)
 GRAPHS = 2  # an ordinary block's, and the last one's, which leaves the history out

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from core_videos import SCHEDULES, network, video
+from support.core_videos import SCHEDULES, network, video
 
 pytest.importorskip("accelerate")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_helios.helios_core.history import Memory
-from core_videos import LATENTS, SCHEDULES, largest_error, mean_error, network, video
+from support.core_videos import LATENTS, SCHEDULES, largest_error, mean_error, network, video
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5  # of the largest value; processors differ by 7e-7 here

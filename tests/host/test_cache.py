@@ -12,18 +12,21 @@ import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-import oracle
+from comfyui_helios.helios_core.generate import Run
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.video import PromptTrack
-from comfyui_helios.nodes.host import cache as cache_module
-from comfyui_helios.nodes.host import guider as guider_module
-from comfyui_helios.nodes.host.cache import CACHE_KEY, COMPILE_KEY, RunCache, can_cache
-from comfyui_helios.nodes.host.collect import collect
-from comfyui_helios.nodes.host.guider import HeliosGuider
-from comfyui_helios.nodes.host.memory import offloading
-from comfyui_helios.nodes.host.model import MEMORY_KEY, TEXT_CACHED_KEY, HeliosNetwork, load_model
-from comfyui_helios.nodes.host.prompts import set_track
+from comfyui_helios.host.model import run_cache as cache_module
+from comfyui_helios.host.model.base_model import MEMORY_KEY, TEXT_CACHED_KEY
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.network import HeliosNetwork
+from comfyui_helios.host.model.offload_patcher import offloading
+from comfyui_helios.host.model.run_cache import CACHE_KEY, COMPILE_KEY, RunCache, can_cache
+from comfyui_helios.host.sampling import guider as guider_module
+from comfyui_helios.host.sampling.guider import HeliosGuider
+from comfyui_helios.host.sampling.whole_video import collect
+from comfyui_helios.host.sockets.prompt_track import set_track
+from support import oracle
 
 QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 GUIDED = replace(BASE, steps=(3,))
@@ -63,7 +66,7 @@ def off(monkeypatch):
 
 def make_guider(model, schedule=QUICK, chunks=2, positive=None, negative=None, batch=1, **values):
     prompts = oracle.prompts(batch=batch)
-    guider = HeliosGuider(model, schedule, Memory.empty(batch, 8, 8), chunks, torch.Generator().manual_seed(0))
+    guider = HeliosGuider(model, Run(schedule, Memory.empty(batch, 8, 8), chunks, torch.Generator().manual_seed(0)))
     guider.set_conds(positive or [[prompts[0], values]], negative or [[prompts[1], {}]])
     return guider
 
@@ -243,7 +246,7 @@ def test_nothing_is_left_after_a_run(model, monkeypatch, fails):
             raise RuntimeError("no room on the disk")
 
         with pytest.raises(RuntimeError, match="no room"):
-            guider.run(stop)
+            guider.denoise(stop)
     else:
         collect(guider)
     assert guider.cache is None

@@ -8,14 +8,14 @@ import folder_paths
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core.regular_file import CheckpointError
-from comfyui_helios.nodes.host import run_folder
-from comfyui_helios.nodes.host.graph_key import fingerprint, graph_key
-from comfyui_helios.nodes.host.model import load_model
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.stream import run_folder
+from comfyui_helios.host.stream.graph_key import fingerprint, graph_key
 from comfyui_helios.nodes.load import HeliosDiffusersLoader, HeliosModelLoader
-from runs import QUICK, sample
-from streams import GRAPH, Parts, beginning, graph, make_parts, stream_video, temporary_files
+from support import oracle
+from support.runs import QUICK, sample
+from support.streams import GRAPH, Parts, beginning, graph, make_parts, stream_video, temporary_files
 
 CHUNKS = 3
 LOADER = "1"

@@ -8,20 +8,22 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-import oracle
+from comfyui_helios.helios_core.generate import Run
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED
 from comfyui_helios.helios_core.video import PromptTrack
+from comfyui_helios.host.model import compiled as compile_module
+from comfyui_helios.host.model.compiled import TIMING_KEY, compile_blocks, why_not
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.network import HeliosNetwork
+from comfyui_helios.host.model.offload_patcher import is_compiled, offloading
+from comfyui_helios.host.model.run_cache import CACHE_KEY
+from comfyui_helios.host.sampling.guider import HeliosGuider
+from comfyui_helios.host.sampling.whole_video import collect
+from comfyui_helios.host.sockets.prompt_track import set_track
 from comfyui_helios.nodes.compile import HeliosCompile
-from comfyui_helios.nodes.host import compile as compile_module
-from comfyui_helios.nodes.host.cache import CACHE_KEY
-from comfyui_helios.nodes.host.collect import collect
-from comfyui_helios.nodes.host.compile import TIMING_KEY, compile_blocks, why_not
-from comfyui_helios.nodes.host.guider import HeliosGuider
-from comfyui_helios.nodes.host.memory import is_compiled, offloading
-from comfyui_helios.nodes.host.model import HeliosNetwork, load_model
-from comfyui_helios.nodes.host.prompts import set_track
-from videos import difference
+from support import oracle
+from support.videos import difference
 
 ONE_STAGE = replace(BASE, steps=(2,), guidance_scale=1.0)
 PYRAMID = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
@@ -49,7 +51,7 @@ def sample(model, schedule=ONE_STAGE):
     """Three chunks, a new prompt from the second on."""
     first, second = oracle.prompts(seed=5)
     positive = set_track([[first, {}]], PromptTrack((first, second), (1, 2), 0))
-    guider = HeliosGuider(model, schedule, Memory.empty(1, 8, 8), CHUNKS, torch.Generator().manual_seed(0))
+    guider = HeliosGuider(model, Run(schedule, Memory.empty(1, 8, 8), CHUNKS, torch.Generator().manual_seed(0)))
     guider.set_conds(positive, [[second, {}]])
     return collect(guider)
 

@@ -15,22 +15,22 @@ import torch
 from comfy.conds import CONDCrossAttn
 from comfy.patcher_extension import WrappersMP
 
-import oracle
 from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, MID
 from comfyui_helios.helios_core.video import PromptTrack
+from comfyui_helios.host.model.loading import DTYPES, load_model
+from comfyui_helios.host.progress import SamplingProgress
+from comfyui_helios.host.sockets.prompt_track import set_track
+from comfyui_helios.host.stream import resuming
+from comfyui_helios.host.stream.mp4 import VideoFile
+from comfyui_helios.host.stream.saved_chunks import SavedRun
 from comfyui_helios.nodes.history import HeliosHistoryInjection
-from comfyui_helios.nodes.host import stream as stream_module
-from comfyui_helios.nodes.host.model import DTYPES, load_model
-from comfyui_helios.nodes.host.progress import SamplingProgress
-from comfyui_helios.nodes.host.prompts import set_track
-from comfyui_helios.nodes.host.resume import SavedRun
-from comfyui_helios.nodes.host.video_file import VideoFile
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.stream import HeliosStreamVideo
-from pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
-from runs import QUICK, conditioning
-from streams import SETTINGS, run_node
+from support import oracle
+from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
+from support.runs import QUICK, conditioning
+from support.streams import SETTINGS, run_node
 
 pytestmark = needs_cuda_build
 
@@ -213,8 +213,8 @@ def test_streaming_with_the_vae_beside(folder, card, written):
 
 def test_a_run_that_was_cut_off_and_goes_on(folder, card, written, monkeypatch, tmp_path):
     run = tmp_path / "run"
-    monkeypatch.setattr(stream_module, "open_run", lambda key, kind, note: nullcontext(SavedRun(run, kind)))
-    monkeypatch.setattr(stream_module, "graph_key", lambda *args: "key")
+    monkeypatch.setattr(resuming, "open_run", lambda key, kind, note: nullcontext(SavedRun(run, kind)))
+    monkeypatch.setattr(resuming, "graph_key", lambda *args: "key")
     resume = {"resume": True, "prompt": {"5": {}}, "unique_id": "5"}
     model = load(folder, "bf16")
     stream(model, StubVAE(), **resume)

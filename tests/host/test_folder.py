@@ -11,10 +11,11 @@ from safetensors.torch import load as parse
 from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
-from comfyui_helios.nodes.host import folder as subject
-from comfyui_helios.nodes.host.folder import load_text_encoder, load_vae
-from comfyui_helios.nodes.host.text import tokenize
-from tiny import make_loud, make_official_folder
+from comfyui_helios.host.files import folder_parts as subject
+from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.files.vae import load_vae
+from comfyui_helios.host.sockets.text_encoding import tokenize
+from support.tiny import make_loud, make_official_folder
 
 PROMPT = "A red fox runs through fresh snow while the camera follows it from the side."
 

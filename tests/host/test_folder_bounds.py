@@ -11,9 +11,10 @@ from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
 from comfyui_helios.helios_core.regular_file import CheckpointError
-from comfyui_helios.nodes.host import folder as subject
-from comfyui_helios.nodes.host.folder import load_text_encoder, load_vae
-from tiny import VOCAB_SIZE, make_official_folder
+from comfyui_helios.host.files import folder_parts as subject
+from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.files.vae import load_vae
+from support.tiny import VOCAB_SIZE, make_official_folder
 
 
 @pytest.fixture(scope="module")

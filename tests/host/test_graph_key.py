@@ -6,9 +6,9 @@ import os
 import folder_paths
 import pytest
 
-from comfyui_helios.nodes.host import run_folder
-from comfyui_helios.nodes.host.graph_key import graph_key
-from streams import GRAPH, graph
+from comfyui_helios.host.stream import run_folder
+from comfyui_helios.host.stream.graph_key import graph_key
+from support.streams import GRAPH, graph
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import folder_paths
 import pytest
 from comfy_api.latest import io
 
+from comfyui_helios.host import progress
+from comfyui_helios.host.files import official
+from comfyui_helios.host.printable import guarded, listable, printable_log
 from comfyui_helios.nodes import HeliosExtension
-from comfyui_helios.nodes.host import official, progress
-from comfyui_helios.nodes.host.guard import guarded, listable, printable_log
 from comfyui_helios.nodes.load import HeliosModelLoader
 from comfyui_helios.nodes.prompts import HeliosPromptFromFile
 
-NODES = Path(inspect.getfile(HeliosExtension)).parent
+PACK = Path(inspect.getfile(HeliosExtension)).parents[1]
 HOSTILE = "a\ud800b\x1b[31m"
 SHOWN = r"a\ud800b\x1b[31m"
 
@@ -104,8 +105,9 @@ def test_log_lines_are_printable(caplog):
 
 
 def test_every_log_of_ours_is_such_a_log():
-    logs = {path.name for path in NODES.rglob("*.py") if re.search(r"logging\.getLogger|\bprint\(", path.read_text())}
-    assert logs == {"guard.py"}
+    files = [file for floor in ("nodes", "host") for file in (PACK / floor).rglob("*.py")]
+    logs = {file.name for file in files if re.search(r"logging\.getLogger|\bprint\(", file.read_text())}
+    assert logs == {"printable.py"}
 
 
 def test_what_a_node_shows_is_text_and_no_html(shown):

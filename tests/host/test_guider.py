@@ -6,11 +6,12 @@ import comfy.model_management
 import pytest
 import torch
 
-import oracle
+from comfyui_helios.helios_core.generate import Run
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.nodes.host.guider import HeliosGuider
-from comfyui_helios.nodes.host.model import load_model
-from runs import QUICK
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.sampling.guider import HeliosGuider
+from support import oracle
+from support.runs import QUICK
 
 CHUNKS = 2
 
@@ -24,7 +25,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def guider(model):
-    guider = HeliosGuider(model, QUICK, Memory.empty(1, 8, 8), CHUNKS, torch.Generator().manual_seed(0))
+    guider = HeliosGuider(model, Run(QUICK, Memory.empty(1, 8, 8), CHUNKS, torch.Generator().manual_seed(0)))
     guider.set_conds(*([[prompt, {}]] for prompt in oracle.prompts()))
     return guider
 
@@ -40,7 +41,7 @@ def test_what_is_loaded_beside_is_loaded_in_that_run_only(model, guider, monkeyp
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_models)
     other = model.clone()
     for beside in ([other], [other], []):
-        guider.run(lambda chunk: None, beside)
+        guider.denoise(lambda chunk: None, beside)
     assert [models.count(other) for models in loaded] == [2, 2, 0]  # once for each prompt
 
 
@@ -62,9 +63,9 @@ def test_memory_leaves_the_device(guider, monkeypatch, ends):
     monkeypatch.setattr(Memory, "to", watched)
     if ends == "interrupted":
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            guider.run(on_chunk)
+            guider.denoise(on_chunk)
     else:
-        guider.run(on_chunk)
+        guider.denoise(on_chunk)
     memory, device = moved[-1]
     assert guider.memory is memory and str(device) == "cpu"
     assert torch.equal(memory.latents, finished[-1].memory.latents)
@@ -72,6 +73,6 @@ def test_memory_leaves_the_device(guider, monkeypatch, ends):
 
 def test_each_step_is_told(guider):
     steps = []
-    guider.schedule = replace(QUICK, steps=(1, 2, 1))
-    guider.run(lambda chunk: None, on_step=lambda: steps.append(None))
+    guider.run = replace(guider.run, schedule=replace(QUICK, steps=(1, 2, 1)))
+    guider.denoise(lambda chunk: None, on_step=lambda: steps.append(None))
     assert len(steps) == 4 * CHUNKS

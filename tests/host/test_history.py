@@ -7,18 +7,18 @@ import comfy.latent_formats
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.video import PromptTrack
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.sockets.conditioning import START_KEY
+from comfyui_helios.host.sockets.latent import video_state
+from comfyui_helios.host.sockets.prompt_track import TRACK_KEY
 from comfyui_helios.nodes.history import HeliosHistoryInjection
-from comfyui_helios.nodes.host.conditioning import SEED_KEY
-from comfyui_helios.nodes.host.latent import video_state
-from comfyui_helios.nodes.host.model import load_model
-from comfyui_helios.nodes.host.prompts import TRACK_KEY
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
-from videos import SEED, TOLERANCE, Case, below, difference, reference_video
+from support import oracle
+from support.videos import SEED, TOLERANCE, Case, below, difference, reference_video
 
 SIZE = (64, 128)
 CASES = {
@@ -294,5 +294,5 @@ def test_an_edited_latent_is_followed_as_it_is_now(model, caplog):
 def test_a_longer_history_reaches_back_as_far_as_the_latent_does():
     lost = {"samples": WAN.process_out(latents(1, 54))}
     positive, _, _ = inputs(previous=lost, history_long=40)
-    [seed] = [values[SEED_KEY] for _, values in positive]
+    [seed] = [values[START_KEY] for _, values in positive]
     torch.testing.assert_close(seed.source.latents, latents(1, 54)[:, :, -43:], rtol=1e-4, atol=1e-4)

@@ -10,8 +10,8 @@ from pathlib import Path
 import folder_paths
 import pytest
 
-from comfyui_helios.nodes.host import official as subject
-from comfyui_helios.nodes.host.official import find_folder, list_folders
+from comfyui_helios.host.files import official as subject
+from comfyui_helios.host.files.official import find_folder, list_folders
 from comfyui_helios.nodes.load import HeliosDiffusersLoader
 
 HELIOS = json.dumps({"_class_name": "HeliosTransformer3DModel"})

@@ -13,9 +13,9 @@ from diffusers import AutoencoderKLWan, HeliosPyramidPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given, settings
 
-from comfyui_helios.nodes.host.folder import load_vae
-from comfyui_helios.nodes.host.media import encode_image, encode_video, needed_frames, prepare_images, video_frames
-from tiny import make_scheduler, make_vae
+from comfyui_helios.host.files.vae import load_vae
+from comfyui_helios.host.sockets.images import encode_image, encode_video, needed_frames, prepare_images, video_frames
+from support.tiny import make_scheduler, make_vae
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FITS = ("crop", "pad", "stretch")

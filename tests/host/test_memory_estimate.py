@@ -8,7 +8,7 @@ import torch
 
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.nodes.host.model import MEMORY_KEY, HeliosModelConfig
+from comfyui_helios.host.model.base_model import MEMORY_KEY, HeliosModelConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CONFIG = TransformerConfig(num_attention_heads=4, attention_head_dim=128, ffn_dim=1408, text_dim=64, num_layers=2)

@@ -12,18 +12,19 @@ import comfy.sd
 import pytest
 import torch
 
-import oracle
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, MID
-from comfyui_helios.helios_core.video import HistorySeed, VideoState
+from comfyui_helios.helios_core.video import VideoStart, VideoState
+from comfyui_helios.host.model.base_model import MEMORY_KEY, HeliosModel
+from comfyui_helios.host.model.loading import DTYPES, load_model
+from comfyui_helios.host.sockets.conditioning import set_history
+from comfyui_helios.host.sockets.decoding import decode_chunks
+from comfyui_helios.host.sockets.latent import video_state
 from comfyui_helios.nodes.history import HeliosHistoryInjection
-from comfyui_helios.nodes.host.conditioning import set_history
-from comfyui_helios.nodes.host.decode import decode_chunks
-from comfyui_helios.nodes.host.latent import video_state
-from comfyui_helios.nodes.host.model import DTYPES, MEMORY_KEY, HeliosModel, load_model
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from runs import QUICK, conditioning, run_node, sample
-from videos import CASES, CHUNKS, TOLERANCE, difference, reference_video
+from support import oracle
+from support.runs import QUICK, conditioning, run_node, sample
+from support.videos import CASES, CHUNKS, TOLERANCE, difference, reference_video
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +401,7 @@ def test_refuses_a_size_the_variant_cannot_make(model, schedule, size, nearest):
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_refuses_a_history_of_another_size(model):
-    seed = HistorySeed(source=Memory.empty(1, 16, 16))
+    seed = VideoStart(source=Memory.empty(1, 16, 16))
     latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
     prompts = [set_history(conditioning(p), seed) for p in oracle.prompts()]
     with pytest.raises(ValueError, match="history is 128x128.*video is 64x64"):

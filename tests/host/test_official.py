@@ -7,8 +7,8 @@ import folder_paths
 import pytest
 
 from comfyui_helios.helios_core.schedule import DISTILLED
-from comfyui_helios.nodes.host.official import find_folder, list_folders, read_schedule
-from tiny import make_official_folder
+from comfyui_helios.host.files.official import find_folder, list_folders, read_schedule
+from support.tiny import make_official_folder
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,18 @@ import comfy.sd
 import pytest
 import torch
 
-import oracle
-import streams
 from comfyui_helios.helios_core.schedule import DISTILLED
+from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.files.vae import load_vae
+from comfyui_helios.host.model import offload_patcher as subject
+from comfyui_helios.host.model.loading import converted_on_reading, load_model
+from comfyui_helios.host.model.offload_patcher import Offloading, OffloadPatcher, is_compiled, offloaded_vae, offloading
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
-from comfyui_helios.nodes.host import memory as subject
-from comfyui_helios.nodes.host.folder import load_text_encoder, load_vae
-from comfyui_helios.nodes.host.memory import Offloading, OffloadPatcher, is_compiled, offloaded_vae, offloading
-from comfyui_helios.nodes.host.model import converted_on_reading, load_model
 from comfyui_helios.nodes.load import HeliosDiffusersLoader
 from comfyui_helios.nodes.text import HeliosTextEncode
-from runs import QUICK, run_node, sample
-from tiny import make_official_folder
+from support import oracle, streams
+from support.runs import QUICK, run_node, sample
+from support.tiny import make_official_folder
 
 SETTINGS = [
     Offloading("block", 1, "host"),
@@ -267,7 +267,7 @@ def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch)
 
     said = []
     monkeypatch.setattr(loaders, "find_folder", lambda name: official)
-    monkeypatch.setattr("comfyui_helios.nodes.host.progress.tell", lambda text, node_id: said.append(text))
+    monkeypatch.setattr("comfyui_helios.host.progress.tell", lambda text, node_id: said.append(text))
     node = type("Node", (HeliosDiffusersLoader,), {"hidden": SimpleNamespace(unique_id=None)})
     assert isinstance(node.execute("x", "bf16", "leaf", 1, "host").result[0], OffloadPatcher)
     assert not said

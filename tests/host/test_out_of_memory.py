@@ -6,16 +6,16 @@ import comfy.model_management
 import pytest
 import torch
 
-import oracle
-from comfyui_helios.helios_core.video import HistorySeed
+from comfyui_helios.helios_core.video import VideoStart
+from comfyui_helios.host import out_of_memory
+from comfyui_helios.host.out_of_memory import memory_errors
+from comfyui_helios.host.sockets.images import prepare_images, video_frames
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
-from comfyui_helios.nodes.host import out_of_memory
-from comfyui_helios.nodes.host.media import prepare_images, video_frames
-from comfyui_helios.nodes.host.out_of_memory import memory_errors
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from runs import QUICK, conditioning, run_node
-from streams import make_parts
+from support import oracle
+from support.runs import QUICK, conditioning, run_node
+from support.streams import make_parts
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_lack_of_memory_in_the_network_is_told_by_the_nodes_name(parts):
 
 
 def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, little, monkeypatch):
-    monkeypatch.setattr(HistorySeed, "start", lambda *args: pytest.fail("allocates"))
+    monkeypatch.setattr(VideoStart, "start", lambda *args: pytest.fail("allocates"))
     prompts = [conditioning(prompt) for prompt in oracle.prompts()]
     start = run_node(HeliosHistoryInjection, *prompts, width=2048, height=2048, frames=33, batch_size=64).result
     message = (

@@ -12,12 +12,12 @@ import torch
 from comfy.sampler_helpers import convert_cond
 
 from comfyui_helios.helios_core.video import PromptTrack
-from comfyui_helios.nodes.host import prompts as prompts_file
-from comfyui_helios.nodes.host.folder import load_text_encoder
-from comfyui_helios.nodes.host.prompts import find_track
-from comfyui_helios.nodes.host.text import encode_prompt
+from comfyui_helios.host.files import prompt_file as prompts_file
+from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.sockets.prompt_track import find_track
+from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.prompts import NODES, HeliosPromptFromFile, HeliosPromptSchedule
-from tiny import make_official_folder
+from support.tiny import make_official_folder
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comfyui_helios.helios_core.drift import AntiDrift
-from comfyui_helios.nodes.host import resume, run_folder
-from comfyui_helios.nodes.host.graph_key import graph_key
-from streams import (
+from comfyui_helios.host.stream import run_folder
+from comfyui_helios.host.stream import saved_chunks as resume
+from comfyui_helios.host.stream.graph_key import graph_key
+from support.streams import (
     GRAPH,
     HEIGHT,
     QUICK,
@@ -69,7 +70,7 @@ class Counted:
 def said(monkeypatch):
     """What the node has been told to show."""
     messages = []
-    monkeypatch.setattr("comfyui_helios.nodes.host.progress.tell", lambda text, node: messages.append(text))
+    monkeypatch.setattr("comfyui_helios.host.progress.tell", lambda text, node: messages.append(text))
     return messages
 
 

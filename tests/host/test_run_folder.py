@@ -14,11 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfyui_helios.nodes.host import resume, run_folder, run_note, video_file
-from comfyui_helios.nodes.host.disk import DAY
-from comfyui_helios.nodes.host.resume import HistoryLayout, Kind, Memory, SavedChunk, Statistics, open_run
-from comfyui_helios.nodes.host.run_folder import InUse, claimed
-from streams import GRAPH, beginning, cleaned_up, make_parts, stream_video
+from comfyui_helios.host.stream import mp4 as video_file
+from comfyui_helios.host.stream import run_folder, run_note
+from comfyui_helios.host.stream import saved_chunks as resume
+from comfyui_helios.host.stream.plain_files import DAY
+from comfyui_helios.host.stream.run_folder import InUse, claimed
+from comfyui_helios.host.stream.saved_chunks import HistoryLayout, Kind, Memory, SavedChunk, Statistics, open_run
+from support.streams import GRAPH, beginning, cleaned_up, make_parts, stream_video
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links and pipes for everybody are POSIX's")
 KEY = "a" * 64

@@ -9,19 +9,19 @@ import pytest
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
-import oracle
+from comfyui_helios.host.sockets.decoding import decode_chunk
+from comfyui_helios.host.sockets.vae import check_vae
 from comfyui_helios.nodes import HeliosExtension
 from comfyui_helios.nodes.compile import HeliosCompile
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
-from comfyui_helios.nodes.host.decode import decode_chunk
-from comfyui_helios.nodes.host.vae import check_vae
 from comfyui_helios.nodes.prompts import HeliosPromptSchedule
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
 from comfyui_helios.nodes.text import HeliosTextEncode
-from runs import QUICK, conditioning, run_node
-from streams import make_parts
+from support import oracle
+from support.runs import QUICK, conditioning, run_node
+from support.streams import make_parts
 
 NAN = float("nan")
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(HeliosExtension().get_node_list())}

@@ -13,18 +13,21 @@ import av
 import comfy.hooks
 import comfy.model_management
 import comfy.patcher_extension
+import folder_paths
 import numpy as np
 import pytest
 import torch
 from comfy_api.latest import InputImpl, Types
 
-import oracle
+from comfyui_helios.host.sampling.guider import HeliosGuider
+from comfyui_helios.host.stream import background
+from comfyui_helios.host.stream import fit_together as room
+from comfyui_helios.host.stream import mp4 as video_file
+from comfyui_helios.host.stream.mp4 import VideoFile, check_target
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
-from comfyui_helios.nodes.host import background, room, stream, video_file
-from comfyui_helios.nodes.host.guider import HeliosGuider
-from comfyui_helios.nodes.host.video_file import VideoFile, check_target
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from streams import (
+from support import oracle
+from support.streams import (
     HEIGHT,
     QUICK,
     WIDTH,
@@ -49,7 +52,7 @@ def parts(tmp_path_factory):
 def empty_temp():
     cleaned_up()
     for name in temporary_files():
-        (Path(stream.folder_paths.get_temp_directory()) / name).unlink()
+        (Path(folder_paths.get_temp_directory()) / name).unlink()
 
 
 def node_by_node(parts, start, seed=3, **decoding):
@@ -453,7 +456,7 @@ def test_conditioning_from_elsewhere_works(parts):
 
 def test_a_temporary_folder_that_is_a_file_is_told_before_anything_is_sampled(parts, tmp_path, monkeypatch):
     (tmp_path / "temp").write_bytes(b"")
-    monkeypatch.setattr(stream.folder_paths, "temp_directory", str(tmp_path / "temp"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     monkeypatch.setattr(HeliosGuider, "run", lambda *args, **kwargs: pytest.fail("samples"))
     with pytest.raises(OSError, match=r"cannot be written to .*temp \(.*\)\. Make that a folder.*--temp-directory"):
         stream_video(parts, beginning(66))

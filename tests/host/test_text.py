@@ -7,11 +7,11 @@ import torch
 from diffusers import HeliosPyramidPipeline
 
 from comfyui_helios.helios_core.text import clean_prompt
-from comfyui_helios.nodes.host.folder import load_text_encoder
-from comfyui_helios.nodes.host.text import encode_prompt
+from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.text import HeliosTextEncode
-from runs import run_node
-from tiny import make_official_folder
+from support.runs import run_node
+from support.tiny import make_official_folder
 
 PROMPTS = {
     "plain": "A red fox runs through fresh snow while the camera follows it.",

@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from harness.small import FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
+from support.small import FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
 
 pytestmark = pytest.mark.browser
 # `make pictures` takes them anew.
@@ -31,7 +31,7 @@ OVERLAPS = """() => { const title = 30, height = node => Math.max(node.size[1], 
         && a.pos[1] - title < b.pos[1] + height(b) && b.pos[1] - title < a.pos[1] + height(a)
     const nodes = app.graph.nodes
     return nodes.flatMap((a, i) => nodes.slice(i + 1).filter(b => over(a, b)).map(b => `${a.type} ${b.type}`)) }"""
-# The host's CLIPLoader builds UMT5-XXL; see harness.small.
+# The host's CLIPLoader builds UMT5-XXL; see support.small.
 BORROW_CLIP = """() => { const old = app.graph.nodes.find(node => node.type === 'CLIPLoader')
     if (!old) return
     const folder = LiteGraph.createNode('HeliosDiffusersLoader')

@@ -1,0 +1,1 @@
+"""What lies in the models folders: official repositories, their CLIP and VAE, prompt files."""

@@ -1,0 +1,67 @@
+"""What a node says: warnings and short notes on it, and in the log."""
+
+from __future__ import annotations
+
+import html
+import sys
+
+from ..helios_core.quoting import printable
+from .printable import printable_log
+
+log = printable_log(__name__)
+
+
+_shown: set[str] = set()  # nodes that show a message
+
+
+class Notes:
+    """What a run says on its node, line by line; what an earlier run has said there goes away."""
+
+    def __init__(self, node_id: str | None):
+        self.node_id = node_id
+        self.lines: list[str] = []
+        clear_warning(node_id)
+
+    def warn(self, message: str) -> None:
+        log.warning(message)
+        self._show(message)
+
+    def inform(self, message: str) -> None:
+        log.info(message)
+        self._show(message)
+
+    def _show(self, message: str) -> None:
+        self.lines.append(message)
+        _show("\n".join(self.lines), self.node_id)
+
+
+def warn(message: str, node_id: str | None = None) -> None:
+    """Log a warning and show it on the node."""
+    log.warning(message)
+    _show(message, node_id)
+
+
+def clear_warning(node_id: str | None) -> None:
+    """Take back what an earlier run has shown on this node; call before a run warns anew."""
+    if node_id is not None and node_id in _shown:
+        _shown.discard(node_id)
+        tell("", node_id)
+
+
+def _show(message: str, node_id: str | None) -> None:
+    tell(message, node_id)
+    if node_id is not None:
+        _shown.add(node_id)
+
+
+def tell(message: str, node_id: str | None) -> None:
+    """In a running server, write a message onto the node, as the text it is."""
+    server = sys.modules.get("server")  # the host's; not there unless the server runs
+    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(_as_html(printable(message)), node_id)
+
+
+def _as_html(message: str) -> str:
+    """What shows as this text: the page puts it into its HTML, with `[[label|address]]` made a link on the way."""
+    return html.escape(message).replace("[", "&#91;").replace("__LNK", "&#95;_LNK")  # its own mark for such a link

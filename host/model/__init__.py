@@ -1,0 +1,1 @@
+"""Helios as a MODEL of the host: network, loading, offloading, compiling."""

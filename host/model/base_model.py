@@ -1,0 +1,139 @@
+"""Helios as a native MODEL: the core's transformer inside the host's BaseModel and ModelPatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...helios_core.config import Variant
+from ...helios_core.history import History, HistoryLayout, Memory
+from ...helios_core.regular_file import FileFacts
+from ...helios_core.schedule import TRAIN_STEPS
+from ...helios_core.transformer import LONG_POOL, MID_POOL
+from .network import HeliosNetwork
+from .run_cache import text_bytes_per_token
+
+SUPPORTED_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+# Names of the history's forward arguments, and how much coarser than the noisy chunk each is patchified.
+HISTORY_LONG, HISTORY_MID, HISTORY_SHORT = "history_long", "history_mid", "history_short"
+MEMORY_KEY = "helios_memory"  # of a cond, while the host sizes memory
+TEXT_CACHED_KEY = "helios_text_cached"  # of a cond whose keys and values are to be kept, likewise
+HISTORY = {HISTORY_LONG: LONG_POOL, HISTORY_MID: MID_POOL, HISTORY_SHORT: 1}
+
+
+class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """A model_sampling that hands latents and flow through: the core's solvers do the rest.
+
+    To the host a step's sigma is its timestep / 1000. Within a pyramid stage the flow runs between other points: what
+    the network is told, and what turns flow into denoised latents, holds for as long as `at` and `denoising` last.
+    """
+
+    _timestep: float | None = None
+    _sigma: float | None = None
+
+    @contextmanager
+    def at(self, timestep: float) -> Iterator[None]:
+        """A step of the loop: the network is told this timestep exactly."""
+        self._timestep = timestep
+        try:
+            yield
+        finally:
+            self._timestep = None
+
+    @contextmanager
+    def denoising(self, sigma: float) -> Iterator[None]:
+        """Functions of the MODEL look in, which expect denoised latents instead of flow."""
+        self._sigma = sigma
+        try:
+            yield
+        finally:
+            self._sigma = None
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * TRAIN_STEPS if self._timestep is None else torch.full_like(sigma, self._timestep)
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_output if self._sigma is None else model_input - self._sigma * model_output
+
+
+class HeliosModel(comfy.model_base.BaseModel):
+    """What MODEL sockets carry. `variant` is what the checkpoint says of itself, if it does."""
+
+    variant: Variant | None = None
+    files: Collection[FileFacts] = ()  # that its weights were read from, and may still be mapped to
+
+    def __init__(self, model_config: HeliosModelConfig, device: Any = None):
+        flow = comfy.model_base.ModelType.FLOW
+        super().__init__(model_config, flow, device=device, unet_model=HeliosNetwork)
+        self.model_sampling = FlowSampling()
+
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
+        """Before sampling the host sizes memory by these and by the noise; a cond then carries the memory it has."""
+        memory: Memory | None = kwargs.get(MEMORY_KEY)
+        if memory is None:
+            return {}
+        shapes = history_shapes(memory)
+        if kwargs.get(TEXT_CACHED_KEY):
+            shapes[TEXT_CACHED_KEY] = [memory.latents.shape[0], kwargs["cross_attn"].shape[1]]
+        return shapes
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] | None = None) -> float:
+        """Bytes of activations of one forward, for a noisy chunk (B, 16, 9, h, w) and the histories in cond_shapes."""
+        network: HeliosNetwork = self.diffusion_model
+        config = network.config
+        batch = input_shape[0]
+        tokens = batch * network.count_tokens(input_shape)
+        for name, pool in HISTORY.items():
+            tokens += sum(shape[0] * network.count_tokens(shape, pool) for shape in (cond_shapes or {}).get(name, ()))
+        dtype = self.manual_cast_dtype or network.dtype
+        element = dtype.itemsize
+        prompts = sum(batch * length for batch, length in (cond_shapes or {}).get(TEXT_CACHED_KEY, ()))
+        # Live at once: the residual stream, its norm, q, k, v and what the attention makes of them, some in fp32 while
+        # they are normed or rotated; or the hidden layer of the feed-forward beside what goes in and comes out.
+        attention = config.inner_dim * (6 * element + 3 * 4)
+        feed_forward = config.inner_dim * (4 * element + 4) + config.ffn_dim * element
+        return tokens * max(attention, feed_forward) + prompts * text_bytes_per_token(network, dtype)
+
+
+class HeliosModelConfig(comfy.supported_models_base.BASE):
+    unet_config: dict[str, Any] = {}
+    unet_extra_config: dict[str, Any] = {}
+    latent_format = comfy.latent_formats.Wan21
+    supported_inference_dtypes = SUPPORTED_DTYPES
+    memory_usage_factor = 1.0
+
+    def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HeliosModel:
+        return HeliosModel(self, device=device)
+
+
+def history_conds(history: History, layout: HistoryLayout) -> dict[str, comfy.conds.CONDRegular]:
+    """A chunk's history as model_conds: forward arguments, so that compiled code sees them change."""
+    return {
+        HISTORY_LONG: comfy.conds.CONDRegular(history.long),
+        HISTORY_MID: comfy.conds.CONDRegular(history.mid),
+        HISTORY_SHORT: comfy.conds.CONDRegular(history.short),
+        "history_layout": comfy.conds.CONDConstant(layout),
+    }
+
+
+def history_shapes(memory: Memory) -> dict[str, list[int]]:
+    """Shapes of `history_conds` for this memory."""
+    batch, channels, _, height, width = memory.latents.shape
+    frames = dict(zip(HISTORY, memory.layout.split, strict=True))
+    frames[HISTORY_SHORT] += memory.layout.keep_first_frame
+    return {name: [batch, channels, count, height, width] for name, count in frames.items()}

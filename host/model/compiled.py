@@ -1,0 +1,89 @@
+"""torch.compile for the blocks of a Helios MODEL, through the host's own wrapper."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import shutil
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._dynamo.utils
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+from ..messages import Notes
+from .base_model import HeliosModel
+
+TIMING_KEY = "helios_compile_time"
+COMPILERS = ("g++", "c++", "clang++", "cl", "icpx")
+TRITON_CAPABILITY = (7, 0)
+
+# All blocks share their compiled code: one graph for each stage, batch and size, and one more for the last block, which
+# leaves the history out. Torch's own limit of 8 is two sizes of a pyramid; beyond it, it runs eager without a word.
+RECOMPILE_LIMIT = 64
+
+
+def why_not(device: torch.device, backend: str) -> str | None:
+    """What compiling for this device lacks on this machine; None if it can be done."""
+    if backend == "cudagraphs" and device.type != "cuda":
+        return f"CUDA graphs need an NVIDIA GPU, and the model runs on {device.type}."
+    if backend != "inductor":
+        return None
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (on Windows: pip install triton-windows)."
+        capability = torch.cuda.get_device_capability(device)
+        if capability < TRITON_CAPABILITY:
+            return f"Triton needs a GPU of compute capability 7.0, this one has {capability[0]}.{capability[1]}."
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS)):
+        return f"there is no C++ compiler ({', '.join(COMPILERS)})."
+    return None
+
+
+def compile_blocks(patcher: Any, backend: str, mode: str, node_id: str | None) -> Any:
+    """A clone of a Helios MODEL whose blocks are compiled when they first run; what that took is told on the node.
+
+    Where it cannot be done the node says so, and the MODEL comes back as it is. Raises ValueError for other models.
+    """
+    model = getattr(patcher, "model", patcher)
+    if not isinstance(model, HeliosModel):
+        raise ValueError(
+            f"Helios Compile needs a Helios model, got {type(model).__name__}. "
+            "Connect one of our loaders, or take ComfyUI's own TorchCompileModel for others."
+        )
+    notes = Notes(node_id)
+    if reason := why_not(patcher.load_device, backend):
+        notes.warn(f"Not compiled: {reason} The model runs as it is, with the same result.")
+        return patcher
+    # Newer hosts stream weights in a way that compiled code does not follow.
+    static = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(patcher.clone).parameters else {}
+    clone = patcher.clone(**static)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), RECOMPILE_LIMIT))
+    set_torch_compile_wrapper(
+        clone,
+        backend=backend,
+        mode=None if mode == "default" or backend != "inductor" else mode,
+        dynamic=False,
+        keys=[f"diffusion_model.blocks.{i}" for i in range(len(patcher.model.diffusion_model.blocks))],
+    )
+
+    def timed(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        before = compile_seconds()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            if took := round(compile_seconds() - before):
+                notes.inform(f"Compiling took {took} s of this run. The next ones of this size and batch go without.")
+
+    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, TIMING_KEY)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, TIMING_KEY, timed)
+    return clone
+
+
+def compile_seconds() -> float:
+    """How long torch has compiled in this process."""
+    return float(torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0))

@@ -1,0 +1,113 @@
+"""From a checkpoint to a MODEL."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+
+from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
+from ...helios_core.safetensors_file import read_tensors
+from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
+from .offload_patcher import Offloading, OffloadPatcher
+
+DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
+DTYPE_CHOICES: tuple[DtypeChoice, ...] = get_args(DtypeChoice)
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+
+MAY_BE_CONVERTED = 0.05  # of the bytes, while weights still count as being on disk
+
+
+def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype weights are kept in. `auto` asks the host, which prefers bf16 wherever the device can."""
+    if choice not in DTYPE_CHOICES:  # the host (0.3.75) lets any value of a V3 combo pass
+        raise ValueError(f"dtype must be one of {', '.join(DTYPE_CHOICES)}, got {choice!r}.")
+    if choice != "auto":
+        return DTYPES[choice]
+    parameters: Counter[torch.dtype] = Counter()
+    for tensor in checkpoint.tensors.values():
+        parameters[tensor.dtype] += math.prod(tensor.shape)
+    return comfy.model_management.unet_dtype(
+        model_params=parameters.total(),
+        supported_dtypes=SUPPORTED_DTYPES,
+        weight_dtype=parameters.most_common(1)[0][0],
+    )
+
+
+def converted_on_reading(path: str, dtype: DtypeChoice) -> str | None:
+    """What to say where most weights cannot be used as they lie on disk, stored in another dtype."""
+    checkpoint = open_checkpoint(Path(path))
+    targets = target_dtypes(checkpoint.config, choose_dtype(dtype, checkpoint))
+    sizes = {name: math.prod(tensor.shape) * targets[name].itemsize for name, tensor in checkpoint.tensors.items()}
+    total = sum(sizes.values())
+    converted = sum(sizes[name] for name, tensor in checkpoint.tensors.items() if tensor.dtype != targets[name])
+    if converted <= MAY_BE_CONVERTED * total:
+        return None
+    used = choose_dtype(dtype, checkpoint)
+    name = next((name for name, known in DTYPES.items() if known == used), str(used))
+    convert = "" if used == torch.float32 else f", or make a file with scripts/convert_checkpoint.py --dtype {name}"
+    return (
+        f"{100 * converted / total:.0f} % of the weights are stored in another dtype than they are used in ({name}), "
+        f"and stay in memory. To run from disk, choose the dtype they are stored in{convert}."
+    )
+
+
+def load_model(
+    path: str, dtype: DtypeChoice = "auto", offloading: Offloading | None = None, *, disable_dynamic: bool = False
+) -> Any:
+    """Read a checkpoint (a file or an official folder) into a host ModelPatcher, or into one of ours that offloads.
+
+    Weights stay memory-mapped where they are stored in the dtype they are used in; otherwise they are converted one
+    by one, so loading takes no more than the weights in that dtype.
+    """
+    management = comfy.model_management
+    checkpoint = open_checkpoint(Path(path))
+    weight_dtype = choose_dtype(dtype, checkpoint)
+    load_device = management.get_torch_device()
+    offload_device = management.unet_offload_device()
+
+    config = HeliosModelConfig({"image_model": "helios", "config": checkpoint.config})
+    config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES))
+    model = config.get_model(None, device="meta")
+    model.variant, model.files = checkpoint.variant, checkpoint.files
+    # Not from the module itself: newer hosts on Windows make a Linear's weights only when they are loaded.
+    targets = target_dtypes(checkpoint.config, weight_dtype)
+
+    bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
+    weights = {}
+    for name, tensor in read_tensors(checkpoint.tensors, targets.__getitem__):
+        weights[name] = tensor
+        bar.update(1)
+    model.diffusion_model.load_state_dict(weights, assign=True)
+    model.diffusion_model.requires_grad_(False)
+
+    model.device = offload_device
+    make_patcher = comfy.model_patcher.ModelPatcher
+    if offloading is not None:
+        make_patcher = OffloadPatcher
+    elif not disable_dynamic:  # newer hosts stream weights through their own patcher
+        make_patcher = getattr(comfy.model_patcher, "CoreModelPatcher", make_patcher)
+    patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
+    if offloading is not None:
+        patcher.offload(offloading)
+    # How newer hosts make a second, independent patcher (torch.compile, multi-GPU).
+    patcher.cached_patcher_init = (load_model, (path, dtype, offloading))
+    return patcher

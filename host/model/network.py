@@ -1,0 +1,99 @@
+"""The core's transformer in the host's calling convention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...helios_core.config import TransformerConfig
+from ...helios_core.history import History, HistoryLayout
+from ...helios_core.layers import Block, Modulation
+from ...helios_core.prepared import PreparedText
+from ...helios_core.transformer import BlockText, HeliosTransformer
+from .run_cache import CACHE_KEY, RunCache
+
+
+class HeliosNetwork(HeliosTransformer):
+    """The core's transformer with the host's calling convention, attention backends, wrappers and block patches."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype, device: Any = None, operations: Any = None, **_):
+        super().__init__(config, dtype=dtype, device=device, operations=operations)
+
+    def forward(  # type: ignore[override]  # the host calls it by these names
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = dict(transformer_options or {})
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._predict, self, wrappers)
+        return executor.execute(x, timestep, context, control, options, **kwargs)
+
+    def _predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        control: Any,
+        transformer_options: dict[str, Any],
+        *,
+        history_long: Tensor | None = None,
+        history_mid: Tensor | None = None,
+        history_short: Tensor | None = None,
+        history_layout: HistoryLayout | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if history_long is None or history_mid is None or history_short is None or history_layout is None:
+            raise ValueError(
+                "A Helios model got no history. It cannot be sampled with KSampler: use Helios Chunked Sampler."
+            )
+        history = History(history_long, history_mid, history_short, history_layout.indices)
+        # A whole network under torch.compile uses none: newer hosts leave transformer_options out of its guards.
+        cache: RunCache | None = None if torch.compiler.is_compiling() else transformer_options.get(CACHE_KEY)
+        prompt = context if cache is None else cache.text(self, transformer_options.get("uuids", ()), context)
+        past = history if cache is None else cache.history(self, history)
+        transformer_options["total_blocks"] = len(self.blocks)
+        transformer_options["block_type"] = "double"
+        replacements = transformer_options.get("patches_replace", {}).get("dit", {})
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return comfy.ldm.modules.attention.optimized_attention(
+                query.flatten(2),
+                key.flatten(2),
+                value.flatten(2),
+                heads=query.shape[2],
+                transformer_options=transformer_options,
+            )
+
+        def run_block(
+            i: int, block: Block, x: Tensor, text: BlockText, time: Modulation, rope: Tensor, noisy_only: bool
+        ) -> Tensor:
+            transformer_options["block_index"] = i
+            replacement = replacements.get(("double_block", i))
+            if replacement is None:
+                return block(x, text, time, rope, attend, noisy_only)
+
+            def original(args: dict[str, Any]) -> dict[str, Any]:
+                return {"img": block(args["img"], args["txt"], args["vec"], args["pe"], attend)}
+
+            tokens = prompt.tokens if isinstance(prompt, PreparedText) else text  # a replaced block may change them
+            args = {"img": x, "txt": tokens, "vec": time, "pe": rope, "transformer_options": transformer_options}
+            return replacement(args, {"original_block": original})["img"]
+
+        return super().forward(x, timestep, prompt, past, attend, run_block)

@@ -1,0 +1,1 @@
+"""From the inputs of a sampling node to latents."""

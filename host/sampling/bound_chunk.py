@@ -1,0 +1,86 @@
+"""One chunk inside the host: its prompts and its history as the host's conds, and the guided flow they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...helios_core.guidance import projection
+from ...helios_core.schedule import TRAIN_STEPS, Schedule
+from ..model.base_model import FlowSampling
+
+STEP_KEY = "helios_step"  # in the model_options of a prediction
+
+GUIDANCE_HOOKS = (
+    "sampler_calc_cond_batch_function",
+    "sampler_pre_cfg_function",
+    "sampler_cfg_function",
+    "sampler_post_cfg_function",
+    "disable_cfg1_optimization",
+)
+
+
+@dataclass(frozen=True)
+class BoundChunk:
+    """How the flow of one chunk is predicted: called by the core's loop, answered through the host's guider."""
+
+    guider: comfy.samplers.CFGGuider
+    schedule: Schedule
+    conds: dict[str, list[dict[str, Any]]]  # processed, with this chunk's prompts and history
+    options: dict[str, Any]  # the run's model_options
+    seed: int
+
+    @property
+    def sampling(self) -> FlowSampling:
+        return self.guider.inner_model.model_sampling
+
+    def __call__(self, latents: Tensor, timestep: float, sigma: float) -> Tensor:
+        """The guided flow at latents (B, 16, 9, h, w), through the MODEL's PREDICT_NOISE wrappers."""
+        host_sigma = torch.full((latents.shape[0],), timestep / TRAIN_STEPS, device=latents.device)
+        with self.sampling.at(timestep):
+            return self.guider(latents, host_sigma, {**self.options, STEP_KEY: BoundStep(self, sigma)}, self.seed)
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """One step of a chunk: what `HeliosGuider.predict_noise` finds in the options it is called with."""
+
+    chunk: BoundChunk
+    sigma: float  # of the stage
+
+    def predict(self, x: Tensor, timestep: Tensor, options: dict[str, Any], seed: int | None) -> Tensor:
+        """The guided flow at x (B, 16, 9, h, w); timestep (B,) in the host's unit."""
+        chunk = self.chunk
+        positive, negative = chunk.conds["positive"], chunk.conds.get("negative")
+        if any(options.get(hook) for hook in GUIDANCE_HOOKS):
+            return self._hooked(x, timestep, positive, negative, options, seed)
+        if not chunk.schedule.guided:
+            negative = None
+        inner = chunk.guider.inner_model
+        cond, uncond = comfy.samplers.calc_cond_batch(inner, [positive, negative], x, timestep, options)
+        return cond if negative is None else chunk.schedule.guide(cond, uncond)
+
+    def _hooked(self, x, timestep, positive, negative, options, seed) -> Tensor:
+        """Guidance by the host, with the MODEL's own functions, which think in denoised latents: there and back."""
+        schedule, sigma = self.chunk.schedule, self.sigma
+        if schedule.guided and schedule.guidance == "cfg_zero_star":
+
+            def scale_uncond(args: dict[str, Any]) -> list[Tensor]:
+                cond, uncond, *rest = args["conds_out"]
+                flow, negative_flow = (x - cond) / sigma, (x - uncond) / sigma
+                return [cond, x - sigma * projection(flow, negative_flow) * negative_flow, *rest]
+
+            options = {
+                **options,
+                "sampler_pre_cfg_function": [scale_uncond, *options.get("sampler_pre_cfg_function", [])],
+            }
+        with self.chunk.sampling.denoising(sigma):
+            inner, scale = self.chunk.guider.inner_model, schedule.guidance_scale
+            denoised = comfy.samplers.sampling_function(
+                inner, x, timestep, negative, positive, scale, model_options=options, seed=seed
+            )
+        return (x - denoised) / sigma

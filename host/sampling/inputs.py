@@ -1,0 +1,150 @@
+"""From a sampling node's inputs to a guider that is ready to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
+from ...helios_core.generate import Run
+from ...helios_core.schedule import Schedule
+from ...helios_core.video import VideoStart, VideoState
+from ..model.base_model import FlowSampling, HeliosModel
+from ..out_of_memory import check_room
+from ..sockets.conditioning import check_conditioning, find_history
+from ..sockets.latent import STATE_KEY, check_latent, video_state
+from ..sockets.prompt_track import find_track
+from ..sockets.schedule import check_schedule
+from .guider import HeliosGuider
+
+UNSUPPORTED = {
+    "area": "area conditioning",
+    "mask": "masked conditioning",
+    "control": "ControlNet",
+    "gligen": "GLIGEN",
+}
+
+
+def prepare(
+    node: str,
+    model: Any,
+    positive: list,
+    negative: list,
+    latent: dict[str, Any],
+    schedule: Schedule,
+    seed: int,
+    seed_mode: str,
+) -> HeliosGuider:
+    """Check the inputs of the node of this name and draw what comes before the first chunk. Nothing is loaded yet.
+
+    Raises ValueError for what cannot be sampled.
+    """
+    samples = check_latent(latent, "latent", values=False)
+    chunks = check_sampling(node, model, positive, negative, samples, schedule)
+    start = find_history(positive)
+    rng = make_rng(start, seed, seed_mode)
+    batch, _, _, height, width = samples.shape
+    memory = start.memory(batch, height, width, rng)
+    run = Run(schedule, memory, chunks, rng, start.first_index, start.skip_first_chunk)
+    guider = HeliosGuider(model, run)
+    guider.set_conds(positive, negative)
+    return guider
+
+
+def check_model(node: str, model_patcher: Any) -> None:
+    """Raise ValueError for a MODEL that is not one of ours, with the name of the node that got it."""
+    model = getattr(model_patcher, "model", model_patcher)
+    if not isinstance(model, HeliosModel):
+        raise ValueError(
+            f"{node} needs a Helios model, got {type(model).__name__}. "
+            "Load one with Helios Model Loader or Helios Diffusers Loader."
+        )
+
+
+def check_sampling(
+    node: str, model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule
+) -> int:
+    """How many chunks the node of this name is to sample into latents (B, 16, 9k, H, W).
+
+    Raises ValueError, before anything is loaded, for what cannot be sampled.
+    """
+    check_model(node, model_patcher)
+    check_schedule(schedule)
+    if not isinstance(model_patcher.get_model_object("model_sampling"), FlowSampling):
+        raise ValueError(
+            "The MODEL went through a node that replaces its sampling (such as ModelSamplingSD3). "
+            "Take that node out: the shift of Helios is part of its schedule."
+        )
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        check_conditioning(conditioning, name)
+        found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
+        if found:
+            raise ValueError(f"{node} does not support {found} ({name}). Take it out of the graph.")
+        width = model_patcher.model.diffusion_model.config.text_dim
+        wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
+        if wrong:
+            raise ValueError(
+                f"The {name} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
+                "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
+            )
+    schedule.check_size(latents.shape[-2] * SPATIAL_SCALE, latents.shape[-1] * SPATIAL_SCALE)
+    chunks = latents.shape[2] // CHUNK_LATENTS
+    track = find_track(positive)
+    if track and sum(track.chunks) > chunks:
+        raise ValueError(
+            f"The prompts last {sum(track.chunks)} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames)."
+            " Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
+        )
+    check_memory(model_patcher, latents)
+    return chunks
+
+
+def check_memory(model_patcher: Any, latents: Tensor) -> None:
+    """Raise ValueError for latents (B, 16, 9k, H, W) of which the device cannot hold one chunk at work.
+
+    Counted without weights, history and guidance: what is refused here is out of all proportion.
+    """
+    batch, channels, _, height, width = latents.shape
+    needed = model_patcher.model.memory_required((batch, channels, CHUNK_LATENTS, height, width))
+    size = f"{width * SPATIAL_SCALE}x{height * SPATIAL_SCALE} in a batch of {batch}"
+    check_room(f"A chunk of {size}", needed, model_patcher.load_device)
+
+
+def make_rng(start: VideoStart, seed: int, seed_mode: str) -> torch.Generator:
+    """The generator of a run, on the CPU: the one of the video that goes on, or a new one."""
+    if seed_mode not in ("continue", "new"):
+        raise ValueError(f"seed_mode must be continue or new, got {seed_mode!r}.")
+    rng = torch.Generator().manual_seed(seed)
+    if seed_mode == "continue" and start.rng_state is not None:
+        rng.set_state(start.rng_state)
+    return rng
+
+
+def variant_warning(model: Any, schedule: Schedule) -> str | None:
+    """What to say of a schedule that is not that of the model's variant."""
+    variant = model.model.variant
+    if variant in (None, schedule.variant):
+        return None
+    return (
+        f"Wrong schedule: the model is Helios-{variant.title()}, the schedule is Helios-{schedule.variant.title()}'s. "
+        "Connect the schedule of the model's variant, or the loader's own."
+    )
+
+
+def frames_asked(latent: dict[str, Any], chunks: int) -> int:
+    """Pixel frames that a LATENT of so many chunks asks for."""
+    asked = video_state(latent)
+    return asked.frames if asked else chunks * CHUNK_FRAMES
+
+
+def sampled(samples: Tensor, frames: int, guider: HeliosGuider) -> dict[str, Any]:
+    """The LATENT after a run: its last chunks in VAE space, and what is needed to go on after them."""
+    state = VideoState(
+        frames=frames,
+        next_chunk=guider.run.first_index + guider.run.chunks,
+        memory=guider.memory,
+        rng_state=guider.run.rng.get_state(),
+    )
+    return {"samples": samples, STATE_KEY: state}

@@ -1,0 +1,1 @@
+"""What travels on sockets: LATENT, CONDITIONING, images and videos, prompts."""

@@ -1,0 +1,50 @@
+"""How a video begins, on CONDITIONING sockets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import node_helpers
+
+from ...helios_core.video import VideoStart
+from .latent import is_plain
+
+START_KEY = "helios_history"
+
+
+def check_conditioning(conditioning: Any, socket: str) -> None:
+    """Raise ValueError, with the socket's name, for what is no list of [embedding (B, L, D), values]."""
+    if not isinstance(conditioning, list) or not all(map(_is_entry, conditioning)):
+        raise ValueError(
+            f"`{socket}` got no conditioning; expected a list of embeddings with their values. Connect a prompt, from "
+            "Helios Text Encode or Helios Prompt Schedule."
+        )
+    if not conditioning:
+        raise ValueError(f"The {socket} conditioning is empty. Connect a prompt through Helios Text Encode.")
+    for embedding, _ in conditioning:
+        if embedding.ndim != 3 or not embedding.numel() or not embedding.is_floating_point():
+            raise ValueError(
+                f"The {socket} conditioning has the shape {tuple(embedding.shape)} ({embedding.dtype}); expected "
+                "(batch, tokens, width), as Helios Text Encode makes it."
+            )
+        if not embedding.float().isfinite().all():
+            raise ValueError(
+                f"The {socket} conditioning holds NaN or infinite values. Load the text encoder in another dtype, or "
+                "download it again."
+            )
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case [embedding, dict()]:
+            return is_plain(embedding)
+    return False
+
+
+def set_history(conditioning: list, start: VideoStart) -> list:
+    return node_helpers.conditioning_set_values(conditioning, {START_KEY: start})
+
+
+def find_history(conditioning: list) -> VideoStart:
+    """The start a conditioning carries; without one, a video begins from nothing."""
+    return next((values[START_KEY] for _, values in conditioning if START_KEY in values), VideoStart())

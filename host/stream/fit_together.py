@@ -1,0 +1,58 @@
+"""Whether diffusion model and VAE fit on the device together, both at work."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import comfy.model_management
+
+from ..sampling.guider import HeliosGuider
+
+SPARE = 1.1  # the host's own factor on what it frees for weights
+WHOLE = 0.98  # the host does not count parameters outside of leaf modules
+
+
+def may_fit(guider: HeliosGuider, vae: Any) -> bool:
+    """Before anything is loaded: whether the device is large enough for both, if nothing else were on it."""
+    if not hasattr(vae, "memory_used_decode") or not hasattr(vae, "patcher"):
+        return False  # not the host's kind of VAE: how much it takes is not known
+    if any("hooks" in cond for conds in guider.original_conds.values() for cond in conds):
+        return False  # they swap weights between predictions
+    model = guider.model_patcher
+    total = comfy.model_management.get_total_memory(model.load_device)
+    return (model.model_size() + vae.patcher.model_size()) * SPARE + _at_work(guider, vae) < total
+
+
+def fits_now(guider: HeliosGuider, vae: Any) -> bool:
+    """Between two predictions: whether both are loaded whole and decoding would not make the host unload anything."""
+    model = guider.model_patcher
+    if not _is_whole(model) or not _is_whole(vae.patcher):
+        return False
+    return _at_work(guider, vae) < comfy.model_management.get_free_memory(model.load_device)
+
+
+def already_loaded(vae: Any) -> Any:
+    """The VAE for decoding beside the diffusion model: it does not ask for room, which could put that one out."""
+    if "decode" in vars(vae):  # it is offloaded, and asks for little
+        return vae
+    beside = copy.copy(vae)
+    beside.memory_used_decode = lambda shape, dtype: 1
+    return beside
+
+
+def _is_whole(patcher: Any) -> bool:
+    """Whether all weights stay on the device. Where the host streams some in, two threads share its buffers."""
+    if comfy.model_management.is_device_cpu(patcher.load_device):
+        return True
+    if getattr(patcher, "is_dynamic", bool)():  # newer hosts' dynamic VRAM may take any weight away at any time
+        return False
+    return not patcher.model.model_lowvram and patcher.loaded_size() >= WHOLE * patcher.model_size()
+
+
+def _at_work(guider: HeliosGuider, vae: Any) -> float:
+    """Bytes that a prediction and the decoding of one item's chunk need at the same time, weights aside."""
+    management = comfy.model_management
+    item = (1, *guider.run.chunk_shape[1:])
+    decode = vae.memory_used_decode(item, vae.vae_dtype) + management.extra_reserved_memory()
+    return guider.sampling_memory()[0] + max(decode * SPARE, management.minimum_inference_memory())

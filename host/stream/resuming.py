@@ -1,0 +1,46 @@
+"""A sampling that goes on after the chunks that an earlier one has saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..messages import Notes
+from ..sampling.guider import HeliosGuider
+from .graph_key import graph_key
+from .run_folder import count_others
+from .run_note import about, first_prompt
+from .saved_chunks import Kind, SavedRun, open_run
+
+
+@contextmanager
+def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: Notes) -> Iterator[SavedRun | None]:
+    """Let the guider go on after the chunks that are saved for this node's graph; where the next ones are to be saved.
+
+    None where the graph cannot be known again. Raises ValueError where another process is making the same video.
+    """
+    if node_id not in (prompt or {}):
+        notes.warn("resume does not work on a node that another node has made: nothing is saved, nothing resumed.")
+        yield None
+        return
+    run = guider.run
+    kind = Kind.after(guider.memory, watched=run.schedule.anti_drift is not None)
+    note = about(run.chunk_shape, run.chunks, run.rng.initial_seed(), first_prompt(prompt, node_id))
+    with open_run(graph_key(prompt, node_id), kind, note) as saved:
+        done, problem = saved.count(run.chunks)
+        if problem:
+            notes.warn(f"{problem} It is not used, and made again.")
+        if done:
+            last = saved.load(done - 1)
+            guider.resume(done, last.memory, last.rng_state)
+        if done == run.chunks:
+            notes.inform(f"All chunks ({done}) were saved: nothing is sampled, the video is encoded again.")
+        elif done:
+            notes.inform(f"Resumed after chunk {done} of {run.chunks}.")
+        elif others := count_others(saved.folder):
+            notes.inform(
+                f"Starts anew: no chunk is saved for this graph ({others} other run{'s are' if others > 1 else ' is'} "
+                "kept). To resume, everything upstream must be as it was: prompts, frames, seed, files."
+            )
+        yield saved

@@ -1,0 +1,268 @@
+"""Finished chunks on disk, so that a run that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
+from torch import Tensor
+
+from ...helios_core.config import CHUNK_LATENTS
+from ...helios_core.history import HistoryLayout, Memory, Statistics
+from ...helios_core.quoting import quoted
+from .plain_files import disk_errors, in_background, ordinary
+from .run_folder import claimed, remove_old, run_folder, tidy
+
+CHUNK_FORMAT = "helios chunk 1"
+MAX_HEADER = 1_000_000  # bytes of a chunk's file beside its tensors; they are a few hundred
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+WRONG = {
+    "format": "it is no chunk of Helios, or of another version",
+    "key": "it belongs to another graph",
+    "chunk": "it is another chunk",
+    "follows": "it follows on another chunk before it",
+}
+
+
+class BadChunk(ValueError):
+    """A file that is not the chunk it should be. Says which and why."""
+
+
+@dataclass(frozen=True)
+class SavedChunk:
+    """A chunk as it was finished, on the CPU."""
+
+    latents: Tensor  # (B, 16, 9, H, W), normalised
+    memory: Memory  # with this chunk in it
+    rng_state: Tensor  # uint8
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all chunks of a run are like."""
+
+    shape: tuple[int, ...]  # (B, 16, 9, H, W)
+    layout: HistoryLayout  # of the memory
+    anchored: bool
+    watched: bool  # for drift: the memory holds statistics
+
+    @classmethod
+    def after(cls, memory: Memory, watched: bool) -> Kind:
+        """Of a run that begins with this memory."""
+        batch, channels, _, height, width = memory.latents.shape
+        return cls(
+            (batch, channels, CHUNK_LATENTS, height, width),
+            memory.layout,
+            memory.layout.keep_first_frame or memory.anchor is not None,
+            watched or memory.statistics is not None,
+        )
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Shape and possible dtypes of each tensor in a chunk's file."""
+        batch, channels, _, height, width = self.shape
+        kept = (torch.float32,)
+        tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "latents": (self.shape, (torch.float32, torch.bfloat16, torch.float16)),
+            "memory": ((batch, channels, self.layout.frames, height, width), kept),
+            "rng_state": (tuple(torch.Generator().get_state().shape), (torch.uint8,)),
+        }
+        if self.anchored:
+            tensors["anchor"] = ((batch, channels, 1, height, width), kept)
+        if self.watched:
+            tensors["mean"] = tensors["var"] = ((batch, channels), kept)
+        return tensors
+
+    @property
+    def max_bytes(self) -> int:
+        return MAX_HEADER + sum(math.prod(shape) * dtypes[0].itemsize for shape, dtypes in self.tensors().values())
+
+
+class SavedRun:
+    """The chunks of one graph, a file each. Every file holds the digest of the one before: a chain has no gaps."""
+
+    def __init__(self, folder: Path, kind: Kind):
+        self.folder, self.key, self.kind = folder, folder.name, kind
+        self.digests: list[str] = []
+        self.cleaned_up = False
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"chunk_{index:05}.safetensors"
+
+    def count(self, chunks: int) -> tuple[int, str | None]:
+        """How many chunks in a row are there and whole, and what is wrong with the next one, if it is there."""
+        self.digests = []
+        for index in range(chunks):
+            if not os.path.lexists(self.path(index)):
+                return index, None
+            try:
+                self.digests.append(self._read(index)[1])
+            except BadChunk as error:
+                return index, str(error)
+        return chunks, None
+
+    def load(self, index: int) -> SavedChunk:
+        """A chunk that was counted. Raises BadChunk where the file has changed since."""
+        saved, digest = self._read(index)
+        if digest != self.digests[index]:
+            raise BadChunk(f"{self.path(index)} was changed while it was in use.")
+        return saved
+
+    def save(self, index: int, chunk: SavedChunk) -> None:
+        """Write a chunk whole or not at all; it follows those counted or saved. Raises OSError for a full disk."""
+        del self.digests[index:]
+        tensors = _to_tensors(chunk)
+        metadata = {
+            "format": CHUNK_FORMAT,
+            "key": self.key,
+            "chunk": str(index),
+            "follows": self._follows(index),
+            "memory": json.dumps({**_describe(chunk.memory.layout), "drifted": chunk.memory.drifted}),
+        }
+        metadata["digest"] = _digest(tensors, metadata)
+        target = self.path(index)
+        part = self.folder / f"{uuid.uuid4().hex}.part"
+        try:
+            with disk_errors(f"chunk {index + 1} of the video", self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+                with open(part, "xb", opener=ordinary) as file:
+                    file.write(save(tensors, metadata))
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+        _sync_folder(self.folder)
+        self.digests.append(metadata["digest"])
+        if not self.cleaned_up:
+            self.cleaned_up = True  # once a run, and not by one that makes nothing
+            in_background(remove_old, self.folder)
+
+    def _follows(self, index: int) -> str:
+        return self.digests[index - 1] if index else ""
+
+    def _read(self, index: int) -> tuple[SavedChunk, str]:
+        path = self.path(index)
+        tensors, metadata = _read_file(path, self.kind)
+        expected = {"format": CHUNK_FORMAT, "key": self.key, "chunk": str(index), "follows": self._follows(index)}
+        wrong = next((name for name, value in expected.items() if metadata.get(name) != value), None)
+        if wrong:
+            raise BadChunk(f"{path} is not chunk {index + 1} of this video: {WRONG[wrong]}.")
+        digest = metadata.pop("digest", "")
+        if digest != _digest(tensors, metadata):
+            raise BadChunk(f"{path} is damaged: its contents do not fit its checksum.")
+        try:
+            return _from_tensors(tensors, metadata.get("memory", ""), self.kind), digest
+        except ValueError as error:
+            raise BadChunk(f"{path} is no chunk of this video: {error}.") from error
+
+
+@contextmanager
+def open_run(key: str, kind: Kind, note: str) -> Iterator[SavedRun]:
+    """The run with this key, for this process alone. note: what the folder says of itself.
+
+    Raises ValueError where another process is making it, or where its folder cannot be.
+    """
+    folder = run_folder(key)
+    with claimed(folder):
+        tidy(folder, note)
+        yield SavedRun(folder, kind)
+
+
+def _read_file(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a chunk's file. Raises BadChunk for what is none, before it takes any memory."""
+    try:
+        with open(path, "rb", opener=ordinary) as file:
+            data = file.read(kind.max_bytes + 1)
+        if len(data) > kind.max_bytes:
+            raise BadChunk(f"{path} is larger than a chunk of this video.")
+        stored = dict(deserialize(data))
+    except OSError as error:
+        raise BadChunk(f"{path} cannot be read: {error.strerror}.") from error
+    except SafetensorError as error:
+        raise BadChunk(f"{path} is damaged or no safetensors file ({error}).") from error
+    expected = kind.tensors()
+    if stored.keys() != expected.keys():
+        raise BadChunk(f"{path} is no chunk of this video: it holds {quoted(sorted(stored))}.")
+    tensors = {}
+    for name, (shape, dtypes) in expected.items():
+        found, dtype = tuple(stored[name]["shape"]), DTYPES.get(stored[name]["dtype"])
+        if found != shape or dtype not in dtypes:
+            raise BadChunk(f"{path} is no chunk of this video: {name} is {stored[name]['dtype']} {quoted(found)}.")
+        tensors[name] = torch.frombuffer(bytearray(stored[name]["data"]), dtype=dtype).reshape(shape)
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")]
+    return tensors, json.loads(header).get("__metadata__", {})
+
+
+def _to_tensors(chunk: SavedChunk) -> dict[str, Tensor]:
+    memory = chunk.memory
+    tensors = {"latents": chunk.latents, "memory": memory.latents, "rng_state": chunk.rng_state}
+    if memory.anchor is not None:
+        tensors["anchor"] = memory.anchor
+    if memory.statistics is not None:
+        tensors |= {"mean": memory.statistics.mean, "var": memory.statistics.var}
+    # Copies: safetensors refuses tensors that share memory, as an anchor may with its chunk.
+    return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def _from_tensors(tensors: Mapping[str, Tensor], described: str, kind: Kind) -> SavedChunk:
+    """Raises ValueError for values that no chunk has."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are no finite numbers")
+    try:
+        torch.Generator().set_state(tensors["rng_state"])
+    except RuntimeError as error:
+        raise ValueError("rng_state is no state of a random generator") from error
+    values = _parse(described)
+    drifted = values.pop("drifted", None)
+    if not isinstance(drifted, bool) or values != _describe(kind.layout):
+        raise ValueError("its memory is laid out in another way")
+    statistics = Statistics(tensors["mean"], tensors["var"]) if kind.watched else None
+    memory = Memory(tensors["memory"], tensors.get("anchor"), kind.layout, statistics, drifted)
+    return SavedChunk(tensors["latents"], memory, tensors["rng_state"])
+
+
+def _parse(described: str) -> dict[str, Any]:
+    try:
+        values = json.loads(described)
+    except RecursionError as error:
+        raise ValueError("its memory is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("its memory is not described")
+    return values
+
+
+def _describe(layout: HistoryLayout) -> dict[str, Any]:
+    return {"sizes": list(layout.sizes), "keep_first_frame": layout.keep_first_frame, "chunk": layout.chunk}
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last through a loss of power. Windows cannot, and does not need to."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,60 @@
+"""A batch's chunks, decoded and written to one video file an item."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import folder_paths
+from torch import Tensor
+
+from ...helios_core.config import CHUNK_FRAMES
+from ..sockets.decoding import decode_chunk
+from .mp4 import VideoFile
+
+
+class VideoWriter:
+    """Decodes the chunks of a batch and writes one video file an item; files that are not finished do not stay."""
+
+    def __init__(self, vae: Any, batch: int, shown: tuple[int, int], fps: float, crf: int, bit_depth: str):
+        """shown: the first frame of the video to write, and the one before which to stop."""
+        folder = Path(folder_paths.get_temp_directory())
+        self.vae, self.shown = vae, shown
+        self.files = [VideoFile(folder, fps, crf, bit_depth) for _ in range(batch)]
+        self._stopped = False
+
+    def write(self, position: int, samples: Tensor, vae: Any = None) -> None:
+        """Decode a chunk (B, 16, 9, H, W) in VAE space, number `position` of this video, and append its frames."""
+        for item, frames in self.decode(position, samples, vae):
+            self.encode(item, frames)
+
+    def decode(self, position: int, samples: Tensor, vae: Any = None) -> Iterator[tuple[int, Tensor]]:
+        """Each item's number and its frames to write, one item at a time; none of a chunk that is left out."""
+        start = position * CHUNK_FRAMES
+        first, end = (min(max(frame - start, 0), CHUNK_FRAMES) for frame in self.shown)
+        for item in range(len(self.files)):
+            if first < end and not self._stopped:
+                yield item, decode_chunk(vae or self.vae, samples[item : item + 1])[first:end]
+
+    def encode(self, item: int, frames: Tensor) -> None:
+        if not self._stopped:
+            self.files[item].write(frames)
+
+    def stop(self) -> None:
+        """Write no further frame: the run has failed, and a thread may still be at work for it."""
+        self._stopped = True
+
+    def finish(self) -> list[Path]:
+        return [file.finish() for file in self.files]
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            for file in self.files:
+                file.discard()

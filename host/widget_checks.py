@@ -1,0 +1,73 @@
+"""What stands around every node's work: its widgets are checked, and a lack of memory is told in one sentence."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..helios_core.quoting import quoted
+from .out_of_memory import memory_errors
+
+
+def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """For a node's `execute`, below `@classmethod`.
+
+    Raises ValueError for a value that the widget could not have: the host looks at what is typed in, and there not at
+    NaN and at the values of a V3 combo, and never at what comes over a link.
+    """
+    signature = inspect.signature(execute)
+    many = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]  # such as **slots
+
+    @functools.wraps(execute)
+    def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        values = signature.bind(cls, *args, **kwargs).arguments
+        for name in many:
+            values |= values.get(name, {})
+        schema = cls.define_schema()
+        check_widgets(schema, values)
+        with memory_errors(schema.display_name):
+            return execute(cls, *args, **kwargs)
+
+    run.__signature__ = signature  # type: ignore[attr-defined]  # the host reads the inputs' names
+    return run
+
+
+def check_widgets(schema: io.Schema, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first value that its widget could not have; of a combo the nodes know the choices."""
+    for widget in schema.inputs:
+        if widget.id in values and (expected := _expected(widget, values[widget.id])):
+            raise ValueError(
+                f"`{widget.id}` is {quoted(values[widget.id])}; expected {expected}. Correct the widget, or the node "
+                "that is connected to it."
+            )
+
+
+def _expected(widget: Any, value: Any) -> str | None:
+    """What a widget takes instead of this value; None if it takes it, or is no widget."""
+    if isinstance(widget, io.Int.Input):
+        fits = isinstance(value, Integral) and not isinstance(value, bool) and widget.min <= value <= widget.max
+        return None if fits else f"a whole number from {widget.min} to {widget.max}"
+    if isinstance(widget, io.Float.Input):
+        fits = isinstance(value, Real) and widget.min <= value <= widget.max
+        return None if fits else f"a number from {widget.min:g} to {widget.max:g}"
+    if isinstance(widget, io.Boolean.Input):
+        return None if isinstance(value, Integral) else "true or false"
+    if isinstance(widget, io.Combo.Input):
+        return None if isinstance(value, str) else "one of its choices"
+    if isinstance(widget, io.String.Input):
+        return None if isinstance(value, str) and _encodes(value) else "text that can be written as UTF-8"
+    return None
+
+
+def _encodes(text: str) -> bool:
+    """Lone surrogates, as JSON can spell them, are no text: neither tokenizers nor logs take them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,70 @@
+"""Videos from the core alone, made by small and loud weights on any device: without diffusers, without a host."""
+
+from dataclasses import replace
+
+import torch
+
+from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.helios_core.generate import Run, generate
+from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
+from comfyui_helios.helios_core.history import Memory
+from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
+from comfyui_helios.helios_core.transformer import HeliosTransformer
+from support.tiny import make_loud
+
+CONFIG = TransformerConfig(
+    num_attention_heads=2,
+    attention_head_dim=24,
+    rope_dim=(8, 8, 8),
+    text_dim=32,
+    freq_dim=32,
+    ffn_dim=64,
+    num_layers=2,
+)
+SCHEDULES = {
+    "base": replace(BASE, steps=(3,), guidance_scale=2.0),
+    "mid": replace(MID, steps=(2, 1, 1), guidance_scale=2.0, zero_steps=0),
+    "distilled": replace(DISTILLED, steps=(1, 1, 1)),
+}
+LATENTS = (8, 8)
+
+
+def network(device="cpu", dtype=torch.float32, **config):
+    """Always the same weights, rounded to dtype."""
+    exact = make_loud(HeliosTransformer(replace(CONFIG, **config)), seed=0)
+    model = HeliosTransformer(exact.config, dtype=dtype).eval().requires_grad_(False)
+    model.load_state_dict(exact.state_dict())
+    return model.to(device)
+
+
+@torch.inference_mode()
+def video(model, schedule, device, chunks=2):
+    """Latents (1, 16, 9k, H, W), float32 on the CPU, of a text-to-video run on this device."""
+    rng = torch.Generator().manual_seed(1)
+    prompts = torch.randn(2, 1, 12, CONFIG.text_dim, generator=rng).to(device, model.dtype)
+    texts = [model.prepare_text(prompt) for prompt in (prompts if schedule.guided else prompts[:1])]
+    guide = cfg_zero_star if schedule.guidance == "cfg_zero_star" else cfg
+
+    def bind(index, history):
+        terms = {name: getattr(history, name).to(model.dtype) for name in ("long", "mid", "short")}
+        past = model.prepare_history(replace(history, **terms))
+
+        def predict(latents, timestep, sigma):
+            time = torch.full((1,), timestep, device=device)
+            flows = [model(latents.to(model.dtype), time, text, past).float() for text in texts]
+            return guide(*flows, schedule.guidance_scale) if schedule.guided else flows[0]
+
+        return predict
+
+    memory = Memory.empty(1, *LATENTS).to(device)
+    return torch.cat([chunk.latents.cpu() for chunk in generate(bind, Run(schedule, memory, chunks, rng))], dim=2)
+
+
+def largest_error(latents, expected):
+    """Of the largest value."""
+    return ((latents - expected).abs().max() / expected.abs().max()).item()
+
+
+def mean_error(latents, expected):
+    """Root mean square, of that of the values: what rounding comes to, whichever way it falls."""
+    return ((latents - expected).square().mean() / expected.square().mean()).sqrt().item()

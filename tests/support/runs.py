@@ -1,0 +1,36 @@
+"""Runs of the pack's nodes outside of a server."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+from comfyui_helios.helios_core.schedule import DISTILLED
+from comfyui_helios.nodes.history import HeliosHistoryInjection
+from comfyui_helios.nodes.sample import HeliosChunkedSampler
+from support import oracle
+from support.videos import SEED
+
+QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
+
+
+def conditioning(embedding, **values):
+    return [[embedding, values]]
+
+
+def run_node(node, *args, unique_id=None, **kwargs):
+    """As the host runs it, on this node of a page, or on none."""
+    return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=unique_id)}).execute(*args, **kwargs)
+
+
+def sample(model, schedule, size=(64, 64), chunks=1, seed=SEED, positive=None, negative=None, batch=1):
+    """What the sampler node returns for an empty latent of this pixel size."""
+    prompts = oracle.prompts(batch=batch)
+    inputs = run_node(
+        HeliosHistoryInjection,
+        positive or conditioning(prompts[0]),
+        negative or conditioning(prompts[1]),
+        width=size[1],
+        height=size[0],
+        frames=33 * chunks,
+        batch_size=batch,
+    )
+    return run_node(HeliosChunkedSampler, model, *inputs.result, schedule, seed).result[0]
