@@ -119,7 +119,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff format --check .
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/comfyui_helios
 	MYPYPATH=build/typing $(BIN)/mypy -p comfyui_helios.helios_core -p comfyui_helios.nodes -p comfyui_helios.host
-	MYPYPATH=.:tests $(BIN)/mypy --explicit-package-bases --follow-imports silent --cache-dir build/mypy-scripts scripts tests/support/{browser,client,host,models,small,tiny,workflow}.py
+	MYPYPATH=.:tests $(BIN)/mypy --explicit-package-bases --follow-imports silent --cache-dir build/mypy-scripts scripts tests/support/{browser,client,host,models,small,workflow}.py
 
 format: $(ENVIRONMENT)
 	$(BIN)/ruff check --fix .

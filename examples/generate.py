@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import torch
 
-from helios_core.generate import generate
+from helios_core.generate import Run, generate
 from helios_core.history import Memory
 from helios_core.loading import load_transformer
 from helios_core.predict import bind_transformer
@@ -21,7 +21,7 @@ with torch.inference_mode():
     transformer = load_transformer(repository).to(device)
     bind = bind_transformer(transformer, DISTILLED, torch.from_numpy(np.load(prompt)).to(device))
     memory = Memory.empty(batch=1, height=384 // 8, width=640 // 8).to(device)
-    rng = torch.Generator().manual_seed(0)
-    chunks = [chunk.latents.cpu() for chunk in generate(bind, DISTILLED, memory, chunks=8, rng=rng)]
+    run = Run(DISTILLED, memory, chunks=8, rng=torch.Generator().manual_seed(0))
+    chunks = [chunk.latents.cpu() for chunk in generate(bind, run)]
 
 np.save(out, torch.cat(chunks, dim=2).numpy())  # normalised; a VAE decodes each nine latent frames on their own

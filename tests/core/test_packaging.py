@@ -15,12 +15,12 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import helios_core
-from helios_core.generate import generate
+from helios_core.generate import Run, generate
 from helios_core.history import Memory
 from helios_core.schedule import DISTILLED
 assert helios_core.__path__[0].startswith(sys.argv[1])
 bind = lambda index, history: lambda latents, timestep, sigma: torch.zeros_like(latents)
-[chunk] = generate(bind, DISTILLED, Memory.empty(1, 8, 8), 1, torch.Generator())
+[chunk] = generate(bind, Run(DISTILLED, Memory.empty(1, 8, 8), 1, torch.Generator()))
 assert chunk.latents.shape == (1, 16, 9, 8, 8)
 assert not {"comfy", "folder_paths"} & set(sys.modules)
 """

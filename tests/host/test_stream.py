@@ -457,7 +457,7 @@ def test_conditioning_from_elsewhere_works(parts):
 def test_a_temporary_folder_that_is_a_file_is_told_before_anything_is_sampled(parts, tmp_path, monkeypatch):
     (tmp_path / "temp").write_bytes(b"")
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
-    monkeypatch.setattr(HeliosGuider, "run", lambda *args, **kwargs: pytest.fail("samples"))
+    monkeypatch.setattr(HeliosGuider, "denoise", lambda *args, **kwargs: pytest.fail("samples"))
     with pytest.raises(OSError, match=r"cannot be written to .*temp \(.*\)\. Make that a folder.*--temp-directory"):
         stream_video(parts, beginning(66))
 
