@@ -32,8 +32,7 @@ def list_folders() -> list[str]:
 
     Never raises, and never takes long: what cannot be read or lies too deep is left out, with a line in the log.
     """
-    names = listable(_folders())
-    return sorted(names, key=lambda name: ("distilled" not in name.lower(), name))  # the first is the default
+    return sorted(_folders(), key=lambda name: ("distilled" not in name.lower(), name))  # the first is the default
 
 
 def find_folder(name: str) -> Path:
@@ -81,7 +80,7 @@ def _folders() -> dict[str, Path]:
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
         for name, path in _search(root):
             found.setdefault(name, path)
-    return found
+    return {name: found[name] for name in listable(found)}
 
 
 def _search(root: Path) -> Iterator[tuple[str, Path]]:
