@@ -134,9 +134,9 @@ def crossings(schedule, anchored=False, prompts=2):
     stages = len(schedule.steps)
     renoise = {"up: renoise": CHUNKS * (stages - 1)} if stages > 1 else {}
     return {
-        "up: HeliosGuider.run > ModelPatcher.load": None,  # the weights
+        "up: HeliosGuider.denoise > ModelPatcher.load": None,  # the weights
         "up: HeliosTransformer._apply": None,  # likewise
-        "up: HeliosGuider.run > CFGGuider.outer_sample": 3,  # the host's noise, latents, sigmas
+        "up: HeliosGuider.denoise > CFGGuider.outer_sample": 3,  # the host's noise, latents, sigmas
         "up: HeliosGuider.inner_sample": prompts,  # once a run
         "up: Memory.to": 1 + anchored,  # the history a run begins with
         "up: generate": CHUNKS,  # each chunk's noise: from the CPU, so that a seed is the same everywhere
@@ -278,7 +278,7 @@ def test_the_host_asks_for_the_step_of_prompts_with_a_range(folder, card):
     """In every sampler of its own as here; without a range nothing is asked."""
     first = conditioning(oracle.prompts()[0], start_percent=0.0, end_percent=0.5)
     sample(load(folder, "bf16"), begin(positive=first), GUIDED)
-    asked = {"wait: HeliosGuider.predict_noise > get_area_and_mult": len(GUIDED.steps) * GUIDED.steps[0] * CHUNKS}
+    asked = {"wait: BoundStep.predict > get_area_and_mult": len(GUIDED.steps) * GUIDED.steps[0] * CHUNKS}
     card.check(crossings(GUIDED) | asked)
 
 

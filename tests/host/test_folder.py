@@ -11,7 +11,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
-from comfyui_helios.host.files import folder_parts as subject
+from comfyui_helios.host.files import text_encoder as subject
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.sockets.text_encoding import tokenize

@@ -5,13 +5,14 @@ import math
 import os
 import shutil
 
+import comfy.sd
 import pytest
 import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save_file
 
 from comfyui_helios.helios_core.regular_file import CheckpointError
-from comfyui_helios.host.files import folder_parts as subject
+from comfyui_helios.host.files import text_encoder as subject
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.files.vae import load_vae
 from support.tiny import VOCAB_SIZE, make_official_folder
@@ -120,7 +121,7 @@ def test_an_index_without_a_map_is_refused(copy, names):
 
 @pytest.mark.parametrize("width", [0, 2, 1000, 10**6])
 def test_a_vae_that_claims_another_width_is_not_built(copy, monkeypatch, width):
-    monkeypatch.setattr(subject.comfy.sd, "VAE", lambda **_: pytest.fail("was built"))
+    monkeypatch.setattr(comfy.sd, "VAE", lambda **_: pytest.fail("was built"))
     edit_weights(
         copy / "vae" / "diffusion_pytorch_model.safetensors", decoder__norm_out__gamma=torch.ones(width, 1, 1, 1)
     )

@@ -11,7 +11,7 @@ import folder_paths
 import pytest
 from comfy_api.latest import io
 
-from comfyui_helios.host import progress
+from comfyui_helios.host import messages
 from comfyui_helios.host.files import official
 from comfyui_helios.host.printable import guarded, listable, printable_log
 from comfyui_helios.nodes import HeliosExtension
@@ -111,7 +111,7 @@ def test_every_log_of_ours_is_such_a_log():
 
 
 def test_what_a_node_shows_is_text_and_no_html(shown):
-    progress.tell('<img src=x onerror="a"> & [[label|https://x.org]] __LNK0__ \x1b\ud800\nsecond line', "7")
+    messages.tell('<img src=x onerror="a"> & [[label|https://x.org]] __LNK0__ \x1b\ud800\nsecond line', "7")
     [(text, _)] = shown
     assert not re.search(r"[<>\"]|\[\[|__LNK|[^\x20-\x7e\n]", text)
     assert text.startswith("&lt;img src=x onerror=&quot;a&quot;&gt; &amp; &#91;&#91;label|https://x.org]]")
@@ -119,7 +119,7 @@ def test_what_a_node_shows_is_text_and_no_html(shown):
 
 
 def test_what_a_node_shows_is_bounded(shown):
-    progress.tell("x" * 10**6, "7")
+    messages.tell("x" * 10**6, "7")
     assert len(shown[0][0]) < 5000
 
 

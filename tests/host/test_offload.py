@@ -267,7 +267,7 @@ def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch)
 
     said = []
     monkeypatch.setattr(loaders, "find_folder", lambda name: official)
-    monkeypatch.setattr("comfyui_helios.host.progress.tell", lambda text, node_id: said.append(text))
+    monkeypatch.setattr("comfyui_helios.host.messages.tell", lambda text, node_id: said.append(text))
     node = type("Node", (HeliosDiffusersLoader,), {"hidden": SimpleNamespace(unique_id=None)})
     assert isinstance(node.execute("x", "bf16", "leaf", 1, "host").result[0], OffloadPatcher)
     assert not said

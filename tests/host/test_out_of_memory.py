@@ -82,7 +82,7 @@ def test_a_lack_of_memory_in_the_network_is_told_by_the_nodes_name(parts):
 
 
 def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, little, monkeypatch):
-    monkeypatch.setattr(VideoStart, "start", lambda *args: pytest.fail("allocates"))
+    monkeypatch.setattr(VideoStart, "memory", lambda *args: pytest.fail("allocates"))
     prompts = [conditioning(prompt) for prompt in oracle.prompts()]
     start = run_node(HeliosHistoryInjection, *prompts, width=2048, height=2048, frames=33, batch_size=64).result
     message = (

@@ -70,7 +70,7 @@ class Counted:
 def said(monkeypatch):
     """What the node has been told to show."""
     messages = []
-    monkeypatch.setattr("comfyui_helios.host.progress.tell", lambda text, node: messages.append(text))
+    monkeypatch.setattr("comfyui_helios.host.messages.tell", lambda text, node: messages.append(text))
     return messages
 
 
