@@ -302,5 +302,5 @@ def test_a_mistake_in_the_host_is_noticed_with_the_way_to_it(folder, card, monke
     with pytest.raises(AssertionError) as caught:
         card.check(crossings(GUIDED))
     told = str(caught.value)
-    assert "up: HeliosGuider.predict_noise > cast_to, 4 times, 0 expected: aten.copy_.default of (2, 12, 32)" in told
+    assert "up: BoundStep.predict > cast_to, 4 times, 0 expected: aten.copy_.default of (2, 12, 32)" in told
     assert "in BaseModel._apply_model: context = comfy.model_management.cast_to_device(context" in told
