@@ -1,0 +1,41 @@
+"""What a stranger reads first is true: the files it names are there, and the picture is that of the imports."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = ("nodes", "host", "helios_core")
+SUFFIXES = (".json", ".md", ".py", ".svg", ".toml", ".txt", ".yml")
+
+
+def quoted(name: str) -> list[str]:
+    """What stands between backticks in a document, code blocks left out."""
+    words = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", words, flags=re.DOTALL))
+
+
+def is_path(words: str) -> bool:
+    return " " not in words and ("/" in words or words.endswith(SUFFIXES))
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "tests/README.md"])
+def test_every_path_exists(name):
+    paths = [words for words in quoted(name) if is_path(words)]
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_name_in_the_architecture_is_one_of_the_code():
+    code = "\n".join(file.read_text(encoding="utf-8") for floor in FLOORS for file in (ROOT / floor).rglob("*.py"))
+    known = set(re.findall(r"\w+", code))
+    names = [words for words in quoted("ARCHITECTURE.md") if re.fullmatch(r"\w+(\.\w+)*", words) and not is_path(words)]
+    assert [name for name in names if not set(name.split(".")) <= known] == []
+
+
+def test_the_picture_is_that_of_the_imports():
+    draw = runpy.run_path(str(ROOT / "scripts" / "draw_architecture.py"))["draw"]
+    picture = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    assert picture == draw(), "run `python scripts/draw_architecture.py` and look at docs/architecture.svg"
