@@ -1,7 +1,4 @@
-"""Draw docs/architecture.svg from the imports: three floors, their rooms, and who imports whom how often.
-
-python scripts/draw_architecture.py
-"""
+"""Draw docs/architecture.svg from the imports: three floors, their rooms, and who imports whom how often."""
 
 from __future__ import annotations
 
