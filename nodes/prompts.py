@@ -20,8 +20,7 @@ from ..host.sockets.conditioning import check_conditioning
 from ..host.sockets.prompt_track import find_track, set_track
 from ..host.sockets.text_encoding import encode_prompt
 from ..host.widget_checks import checked
-from .offload import offload_inputs
-from .text import NEGATIVE, POSITIVE
+from .inputs import NEGATIVE, POSITIVE, offload_inputs
 
 SLOTS = (1, 2, 3, 4)
 UNITS = ("chunks", "seconds")
