@@ -12,8 +12,8 @@ from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from ..helios_core.video import PromptTrack
-from ..host.compat import schema
-from ..host.files.prompt_file import INCREMENT, fingerprint, read_prompts, text_files
+from ..host.compat import INCREMENT, schema
+from ..host.files.prompt_file import fingerprint, read_prompts, text_files
 from ..host.messages import Notes, tell
 from ..host.model.offload_patcher import offloaded_clip, offloading
 from ..host.sockets.conditioning import check_conditioning

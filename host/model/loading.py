@@ -21,6 +21,7 @@ import torch
 
 from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
 from ...helios_core.safetensors_file import read_tensors
+from ..compat import usual_patcher
 from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
 from .offload_patcher import Offloading, OffloadPatcher
 
@@ -103,8 +104,8 @@ def load_model(
     make_patcher = comfy.model_patcher.ModelPatcher
     if offloading is not None:
         make_patcher = OffloadPatcher
-    elif not disable_dynamic:  # newer hosts stream weights through their own patcher
-        make_patcher = getattr(comfy.model_patcher, "CoreModelPatcher", make_patcher)
+    elif not disable_dynamic:
+        make_patcher = usual_patcher()
     patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
     if offloading is not None:
         patcher.offload(offloading)

@@ -1,6 +1,7 @@
 """Three floors: nodes/ stands on host/, host/ on helios_core/, and nothing looks up. Read from the imports."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,35 @@ def test_nodes_know_comfyui_by_its_node_api_only():
 def test_a_node_knows_no_other_node():
     found = offending("nodes", lambda name: within(name, "nodes") and not within(name, "nodes.inputs"))
     assert found.keys() == {"nodes/__init__.py"}
+
+
+def probes(file: Path) -> list[str]:
+    """Where a file asks what ComfyUI has: getattr and hasattr of its modules, by a name of the file's own."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    theirs = {
+        (name.asname or name.name).partition(".")[0]
+        for node in imports
+        for name in node.names
+        if of_comfyui(name.name) or (isinstance(node, ast.ImportFrom) and not node.level and of_comfyui(node.module))
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and len(node.args) > 1]
+    return [
+        ast.unparse(call)
+        for call in calls
+        if ast.unparse(call.func) in ("getattr", "hasattr")
+        and isinstance(call.args[1], ast.Constant)
+        and ast.unparse(call.args[0]).partition(".")[0] in theirs
+    ]
+
+
+def test_one_file_asks_what_this_version_of_comfyui_has():
+    found = {str(file.relative_to(ROOT)): asked for file in files("host", "nodes") if (asked := probes(file))}
+    assert found.keys() == {"host/compat.py"}
+    switches = ("disable_dynamic", "is_dynamic", "search_aliases")
+    asking = re.compile(rf'"({"|".join(switches)})"')
+    named = [str(file.relative_to(ROOT)) for file in files("host", "nodes") if asking.search(file.read_text("utf-8"))]
+    assert named == ["host/compat.py"]
 
 
 @pytest.mark.parametrize("floor", FLOORS)
