@@ -65,7 +65,7 @@ def lora_compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def room_to_pin() -> int:
-    """Bytes of host memory that the host would still pin, by the count that 0.3.75 keeps; none where there is no such count."""
+    """Bytes of host memory that the host would still pin, by the count that 0.3.75 keeps; none where there is none."""
     management = comfy.model_management
     limit = getattr(management, "MAX_PINNED_MEMORY", 0) - getattr(management, "TOTAL_PINNED_MEMORY", 0)
     return max(0, int(limit))

@@ -174,8 +174,6 @@ def _track_before(before: list | None) -> PromptTrack:
 
 
 def _whole_chunks(length: float, unit: str) -> int:
-    if unit not in UNITS:  # the host (0.3.75) lets any value of a V3 combo pass
-        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}.")
     chunks = length * FRAME_RATE / CHUNK_FRAMES if unit == "seconds" else length
     return max(1, math.floor(chunks + 0.5))
 

@@ -121,8 +121,6 @@ class HeliosStreamVideo(io.ComfyNode):
         overlap_decode="auto",
         vae_offload="off",
     ) -> io.NodeOutput:
-        if overlap_decode not in OVERLAP:  # the host (0.3.75) lets any value of a V3 combo pass
-            raise ValueError(f"overlap_decode must be one of {', '.join(OVERLAP)}, got {overlap_decode!r}.")
         check_vae(vae)
         guider = prepare("Helios Stream Video", model, positive, negative, latent, schedule, seed, seed_mode)
         *_, height, width = (side * SPATIAL_SCALE for side in guider.run.chunk_shape)
