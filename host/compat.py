@@ -1,13 +1,23 @@
-"""One shim for what only newer hosts know (0.3.75 raises TypeError for them)."""
+"""Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.24.
+
+Code elsewhere calls these and asks for no version.
+"""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import comfy.model_management
+import comfy.model_patcher
+import torch
 from comfy_api.latest import io
 
-NEWER = ("search_aliases", "advanced")
+NEWER = ("search_aliases", "advanced")  # of schemas and inputs: 0.24 has them, 0.3.75 raises TypeError for them
+
+# What a widget does after each queued run: 0.24 can be told to begin with "increment"; 0.3.75 knows only on and off
+# here, and its page then begins with "randomize".
+INCREMENT = getattr(getattr(io, "ControlAfterGenerate", None), "increment", True)
 
 
 def schema(**kwargs: Any) -> io.Schema:
@@ -23,3 +33,39 @@ def advanced(make: type, *args: Any, **kwargs: Any) -> Any:
 def _known(make: type, kwargs: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(make).parameters
     return {name: value for name, value in kwargs.items() if name in parameters or name not in NEWER}
+
+
+def usual_patcher() -> type[comfy.model_patcher.ModelPatcher]:
+    """The class of the host's own MODELs. From 0.16 on, with dynamic VRAM, one that streams weights in."""
+    patcher: type = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether the host may take any weight of it away at any time (dynamic VRAM, 0.16 and later)."""
+    return bool(getattr(patcher, "is_dynamic", bool)())
+
+
+def static_clone(patcher: Any) -> Any:
+    """A clone whose layers do not fetch their weights themselves, as those under dynamic VRAM do (0.16 and later)."""
+    knows = "disable_dynamic" in inspect.signature(patcher.clone).parameters
+    return patcher.clone(disable_dynamic=True) if knows else patcher.clone()
+
+
+def without_dynamic(disable_dynamic: bool) -> dict[str, bool]:
+    """Arguments for the host's loaders: only hosts that know the option (0.16 and later) ask us to set it."""
+    return {"disable_dynamic": True} if disable_dynamic else {}
+
+
+def lora_compute_dtype(device: torch.device) -> torch.dtype:
+    """What LoRA patches are computed in. 0.24 chooses by the device; 0.3.75 has float32."""
+    choose = getattr(comfy.model_management, "lora_compute_dtype", lambda device: torch.float32)
+    dtype: torch.dtype = choose(device)
+    return dtype
+
+
+def room_to_pin() -> int:
+    """Bytes of host memory that the host would still pin, by the count that 0.3.75 keeps; none where there is none."""
+    management = comfy.model_management
+    limit = getattr(management, "MAX_PINNED_MEMORY", 0) - getattr(management, "TOTAL_PINNED_MEMORY", 0)
+    return max(0, int(limit))

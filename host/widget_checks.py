@@ -38,13 +38,20 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
 
 
 def check_widgets(schema: io.Schema, values: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first value that its widget could not have; of a combo the nodes know the choices."""
+    """Raise ValueError for the first value that its widget could not have."""
     for widget in schema.inputs:
-        if widget.id in values and (expected := _expected(widget, values[widget.id])):
+        if widget.id not in values:
+            continue
+        value = values[widget.id]
+        if expected := _expected(widget, value):
             raise ValueError(
-                f"`{widget.id}` is {quoted(values[widget.id])}; expected {expected}. Correct the widget, or the node "
-                "that is connected to it."
+                f"`{widget.id}` is {quoted(value)}; expected {expected}. Correct the widget, or the node that is "
+                "connected to it."
             )
+        # The host (0.3.75) lets any value of a V3 combo pass. One without a default lists files, and its node looks
+        # for the file itself: it may say more, and the list may be older than the file.
+        if isinstance(widget, io.Combo.Input) and widget.default is not None and value not in widget.options:
+            raise ValueError(f"{widget.id} must be one of {', '.join(widget.options)}, got {quoted(value)}.")
 
 
 def _expected(widget: Any, value: Any) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..helios_core.quoting import quoted
 from ..host.compat import advanced, schema
 from ..host.widget_checks import checked
 
@@ -51,11 +50,6 @@ class HeliosCompile(io.ComfyNode):
     def execute(cls, model, backend="inductor", mode="default") -> io.NodeOutput:
         from ..host.model.compiled import compile_blocks
 
-        if backend not in BACKENDS or mode not in MODES:
-            raise ValueError(
-                f"backend must be {' or '.join(BACKENDS)} and mode one of {', '.join(MODES)}, "
-                f"got {quoted(backend)} and {quoted(mode)}."
-            )
         return io.NodeOutput(compile_blocks(model, backend, mode, cls.hidden.unique_id))
 
 

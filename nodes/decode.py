@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
@@ -12,26 +10,7 @@ from ..host.model.offload_patcher import offloaded_vae, offloading
 from ..host.sockets.decoding import decode_chunks
 from ..host.sockets.vae import check_vae
 from ..host.widget_checks import checked
-from .offload import DECODE_TOOLTIP, offload_inputs
-
-
-def frame_inputs() -> list[Any]:
-    """Which of the decoded frames are kept."""
-    return [
-        io.Boolean.Input(
-            "trim",
-            default=False,
-            tooltip="Cut the video to exactly the number of frames asked for, instead of whole chunks of 33.",
-        ),
-        io.Int.Input(
-            "drop_first",
-            default=0,
-            min=0,
-            max=99_999,
-            optional=True,
-            tooltip="Leave out this many frames at the beginning: the first ones are the weakest.",
-        ),
-    ]
+from .inputs import DECODE_TOOLTIP, frame_inputs, offload_inputs
 
 
 class HeliosChunkedVAEDecode(io.ComfyNode):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
-from ..helios_core.quoting import quoted
 from ..host.compat import advanced, schema
+from ..host.files.diffusion_model import find_model, list_models
 from ..host.files.official import find_folder, list_folders, read_schedule
 from ..host.files.text_encoder import load_text_encoder
 from ..host.files.vae import load_vae
 from ..host.messages import Notes
 from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
 from ..host.model.offload_patcher import WEIGHTS_IN, Offloading, offloading
-from ..host.printable import listable
 from ..host.stream.graph_key import fingerprint
 from ..host.widget_checks import checked
-from .offload import offload_inputs
-from .schedule import HeliosScheduleSocket
+from .inputs import HeliosScheduleSocket, offload_inputs
 
 DTYPE_TOOLTIP = (
     "What the weights are kept in. auto: bf16 where the device can. fp8_e4m3fn halves the memory of the blocks' "
@@ -52,17 +49,6 @@ def dtype_input() -> io.Combo.Input:
     return io.Combo.Input("dtype", options=list(DTYPE_CHOICES), default="auto", tooltip=DTYPE_TOOLTIP)
 
 
-def find_model(name: Any) -> str:
-    """The path of a file in models/diffusion_models. ValueError for a name of none."""
-    path = folder_paths.get_full_path("diffusion_models", name) if isinstance(name, str) and "\0" not in name else None
-    if path is None:
-        raise ValueError(
-            f"There is no model {quoted(name)} in models/diffusion_models. Put it there and refresh the page (R), or "
-            "choose another."
-        )
-    return path
-
-
 def load(path: str, dtype: DtypeChoice, how: Offloading | None, weights_in: str, notes: Notes) -> Any:
     """The MODEL of a file or folder. Says so on the node where weights_in disk spares no memory."""
     if weights_in == "disk":
@@ -84,7 +70,7 @@ class HeliosModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=listable(folder_paths.get_filename_list("diffusion_models")),
+                    options=list_models(),
                     tooltip="A file made by scripts/convert_checkpoint.py, or any single-file Helios transformer.",
                 ),
                 dtype_input(),

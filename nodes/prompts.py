@@ -12,16 +12,15 @@ from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from ..helios_core.video import PromptTrack
-from ..host.compat import schema
-from ..host.files.prompt_file import INCREMENT, fingerprint, read_prompts, text_files
+from ..host.compat import INCREMENT, schema
+from ..host.files.prompt_file import fingerprint, read_prompts, text_files
 from ..host.messages import Notes, tell
 from ..host.model.offload_patcher import offloaded_clip, offloading
 from ..host.sockets.conditioning import check_conditioning
 from ..host.sockets.prompt_track import find_track, set_track
 from ..host.sockets.text_encoding import encode_prompt
 from ..host.widget_checks import checked
-from .offload import offload_inputs
-from .text import NEGATIVE, POSITIVE
+from .inputs import NEGATIVE, POSITIVE, offload_inputs
 
 SLOTS = (1, 2, 3, 4)
 UNITS = ("chunks", "seconds")
@@ -175,8 +174,6 @@ def _track_before(before: list | None) -> PromptTrack:
 
 
 def _whole_chunks(length: float, unit: str) -> int:
-    if unit not in UNITS:  # the host (0.3.75) lets any value of a V3 combo pass
-        raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}.")
     chunks = length * FRAME_RATE / CHUNK_FRAMES if unit == "seconds" else length
     return max(1, math.floor(chunks + 0.5))
 

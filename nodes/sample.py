@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comfy_api.latest import io
 
 from ..host.compat import schema
@@ -11,42 +9,7 @@ from ..host.messages import clear_warning, warn
 from ..host.sampling.inputs import frames_asked, prepare, sampled, variant_warning
 from ..host.sampling.whole_video import collect
 from ..host.widget_checks import checked
-from .schedule import HeliosScheduleSocket
-
-
-def model_inputs() -> list[Any]:
-    """What every sampling node takes first."""
-    return [
-        io.Model.Input("model", tooltip="From Helios Model Loader or Helios Diffusers Loader."),
-        io.Conditioning.Input("positive", tooltip="From Helios History Injection."),
-        io.Conditioning.Input("negative", tooltip="Not used by the Distilled schedule, which has no guidance."),
-        io.Latent.Input("latent", tooltip="Size and length of the video, from Helios History Injection."),
-        HeliosScheduleSocket.Input("schedule", tooltip="The schedule of the model's variant."),
-    ]
-
-
-def seed_input() -> io.Int.Input:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=0xFFFFFFFFFFFFFFFF,
-        control_after_generate=True,
-        tooltip="All noise is drawn from it, on the CPU: the same seed gives the same video.",
-    )
-
-
-def seed_mode_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "seed_mode",
-        options=["continue", "new"],
-        default="continue",
-        optional=True,
-        tooltip=(
-            "For a video that goes on from `previous`. continue: draw on where it stopped, as if both had "
-            "been made in one run; the seed is not used. new: start from the seed."
-        ),
-    )
+from .inputs import model_inputs, seed_input, seed_mode_input
 
 
 class HeliosChunkedSampler(io.ComfyNode):

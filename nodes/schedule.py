@@ -11,8 +11,7 @@ from ..helios_core.schedule import BASE, DISTILLED, MID
 from ..host.compat import advanced, schema
 from ..host.sockets.schedule import check_schedule
 from ..host.widget_checks import checked
-
-HeliosScheduleSocket = io.Custom("HELIOS_SCHEDULE")
+from .inputs import HeliosScheduleSocket
 
 DRIFT = AntiDrift()
 STAGE_TOOLTIPS = (

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, SPATIAL_SCALE
@@ -19,11 +17,9 @@ from ..host.stream.mp4 import BIT_DEPTHS, check_target, finished_video
 from ..host.stream.one_pass import OnePass
 from ..host.stream.resuming import pick_up
 from ..host.stream.run_folder import FOLDER, KEPT_RUNS
-from ..host.stream.video_writer import VideoWriter
+from ..host.stream.video_writer import VideoWriter, video_folder
 from ..host.widget_checks import checked
-from .decode import frame_inputs
-from .offload import DECODE_TOOLTIP
-from .sample import model_inputs, seed_input, seed_mode_input
+from .inputs import DECODE_TOOLTIP, frame_inputs, model_inputs, seed_input, seed_mode_input
 
 OVERLAP = ("auto", "off")
 
@@ -125,12 +121,10 @@ class HeliosStreamVideo(io.ComfyNode):
         overlap_decode="auto",
         vae_offload="off",
     ) -> io.NodeOutput:
-        if overlap_decode not in OVERLAP:  # the host (0.3.75) lets any value of a V3 combo pass
-            raise ValueError(f"overlap_decode must be one of {', '.join(OVERLAP)}, got {overlap_decode!r}.")
         check_vae(vae)
         guider = prepare("Helios Stream Video", model, positive, negative, latent, schedule, seed, seed_mode)
         *_, height, width = (side * SPATIAL_SCALE for side in guider.run.chunk_shape)
-        check_target(Path(folder_paths.get_temp_directory()), width, height)
+        check_target(video_folder(), width, height)
         shown = shown_frames(latent, guider.run.chunks, trim, drop_first)
         how = offloading(vae_offload, weights_in="disk")
         notes = Notes(cls.hidden.unique_id)

@@ -11,17 +11,7 @@ from ..host.messages import Notes
 from ..host.model.offload_patcher import offloaded_clip, offloading
 from ..host.sockets.text_encoding import encode_prompt
 from ..host.widget_checks import checked
-from .offload import offload_inputs
-
-POSITIVE = (
-    "A red fox trots through a snowy birch forest at sunrise, its breath visible in the cold air. Golden light falls "
-    "between the trunks and glitters on the fresh snow. The fox stops, pricks up its ears and runs on. The camera "
-    "follows at eye level in one smooth tracking shot, shallow depth of field, natural colors, fine detail in the fur."
-)
-NEGATIVE = (
-    "still image, frozen motion, blurry, overexposed, washed-out colors, grey picture, compression artifacts, "
-    "subtitles, watermark, distorted hands, deformed face, extra limbs, cluttered background, walking backwards"
-)
+from .inputs import NEGATIVE, POSITIVE, offload_inputs
 
 
 class HeliosTextEncode(io.ComfyNode):

@@ -38,7 +38,7 @@ def list_folders() -> list[str]:
 def find_folder(name: str) -> Path:
     """The folder behind a name of `list_folders`. ValueError for any other name."""
     folders = _folders()
-    if not isinstance(name, str) or name not in folders:  # the host (0.3.75) lets any value of a V3 combo pass
+    if not isinstance(name, str) or name not in folders:
         roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
         raise ValueError(
             f"There is no Helios folder {quoted(name)} in {printable(roots)} (found: "

@@ -6,15 +6,11 @@ import os
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io
 
 from ...helios_core.quoting import quoted
 from ..printable import listable
 
 MAX_BYTES = 10_000_000  # of a prompt file: 4000 of the longest prompts that Helios reads
-
-# 0.3.75 knows only on and off here, and its page then begins with "randomize".
-INCREMENT = getattr(getattr(io, "ControlAfterGenerate", None), "increment", True)
 
 
 def text_files() -> list[str]:

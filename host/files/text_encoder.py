@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...helios_core.quoting import quoted
 from ...helios_core.regular_file import CheckpointError, open_regular
+from ..compat import usual_patcher, without_dynamic
 from .folder_parts import DOWNLOAD, check_names, mapped_tensors, misshapen, part_config, part_folder, stored_tensors
 
 # Sizes of UMT5-XXL, the ones the host builds unless it is told others.
@@ -73,7 +74,7 @@ def load_text_encoder(
         [{**tensors, "spiece_model": tokenizer}],
         clip_type=comfy.sd.CLIPType.WAN,
         model_options=options,
-        **({"disable_dynamic": True} if disable_dynamic else {}),  # 0.3.75 does not know it, and does not ask for it
+        **without_dynamic(disable_dynamic),
     )
     clip.patcher.cached_patcher_init = (_text_encoder_patcher, (folder, dtype))
     return clip
@@ -124,9 +125,8 @@ def _usual_dtype(stored: torch.dtype) -> torch.dtype:
 
 
 def _host_assigns(disable_dynamic: bool) -> bool:
-    """Whether the host makes the tensors it is given its parameters (dynamic VRAM, 0.16 and later), or copies them."""
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher is not comfy.model_patcher.ModelPatcher and not disable_dynamic
+    """Whether the host makes the tensors it is given its parameters (dynamic VRAM), or copies them."""
+    return usual_patcher() is not comfy.model_patcher.ModelPatcher and not disable_dynamic
 
 
 def _sentencepiece(folder: Path, vocabulary: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import shutil
 from typing import Any
@@ -14,6 +13,7 @@ import torch._dynamo.utils
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+from ..compat import static_clone
 from ..messages import Notes
 from .base_model import HeliosModel
 
@@ -58,9 +58,7 @@ def compile_blocks(patcher: Any, backend: str, mode: str, node_id: str | None) -
     if reason := why_not(patcher.load_device, backend):
         notes.warn(f"Not compiled: {reason} The model runs as it is, with the same result.")
         return patcher
-    # Newer hosts stream weights in a way that compiled code does not follow.
-    static = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(patcher.clone).parameters else {}
-    clone = patcher.clone(**static)
+    clone = static_clone(patcher)  # compiled code does not follow weights that are streamed in
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), RECOMPILE_LIMIT))
     set_torch_compile_wrapper(

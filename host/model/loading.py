@@ -21,6 +21,7 @@ import torch
 
 from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
 from ...helios_core.safetensors_file import read_tensors
+from ..compat import usual_patcher
 from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
 from .offload_patcher import Offloading, OffloadPatcher
 
@@ -38,8 +39,6 @@ MAY_BE_CONVERTED = 0.05  # of the bytes, while weights still count as being on d
 
 def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype weights are kept in. `auto` asks the host, which prefers bf16 wherever the device can."""
-    if choice not in DTYPE_CHOICES:  # the host (0.3.75) lets any value of a V3 combo pass
-        raise ValueError(f"dtype must be one of {', '.join(DTYPE_CHOICES)}, got {choice!r}.")
     if choice != "auto":
         return DTYPES[choice]
     parameters: Counter[torch.dtype] = Counter()
@@ -103,8 +102,8 @@ def load_model(
     make_patcher = comfy.model_patcher.ModelPatcher
     if offloading is not None:
         make_patcher = OffloadPatcher
-    elif not disable_dynamic:  # newer hosts stream weights through their own patcher
-        make_patcher = getattr(comfy.model_patcher, "CoreModelPatcher", make_patcher)
+    elif not disable_dynamic:
+        make_patcher = usual_patcher()
     patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
     if offloading is not None:
         patcher.offload(offloading)

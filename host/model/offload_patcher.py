@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...helios_core.offload import KEEP_BELOW, Level, Offloader
 from ...helios_core.quoting import quoted
+from ..compat import is_dynamic, lora_compute_dtype, room_to_pin
 from ..printable import printable_log
 
 log = printable_log(__name__)
@@ -161,18 +162,10 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
 
     def _patched(self, key: str, weight: Tensor) -> Tensor:
         """A weight with its LoRA patches, as the host itself computes it on the device."""
-        compute_dtype = getattr(comfy.model_management, "lora_compute_dtype", lambda device: torch.float32)
-        values = weight.to(compute_dtype(weight.device), copy=True)
+        values = weight.to(lora_compute_dtype(weight.device), copy=True)
         values = comfy.lora.calculate_weight(self.patches[key], values, key)
         seed = comfy.model_patcher.string_to_seed(key)
         return comfy.float.stochastic_rounding(values, weight.dtype, seed=seed)
-
-
-def room_to_pin() -> int:
-    """Bytes of host memory that the host would still pin; none where it pins none."""
-    management = comfy.model_management
-    limit = getattr(management, "MAX_PINNED_MEMORY", 0) - getattr(management, "TOTAL_PINNED_MEMORY", 0)
-    return max(0, int(limit))
 
 
 def is_compiled(patcher: Any) -> bool:
@@ -235,15 +228,12 @@ def offloaded_vae(vae: Any, how: Offloading | None) -> Iterator[Any]:
 
 def _offloaded(patcher: Any, how: Offloading, dtype: torch.dtype | None = None) -> OffloadPatcher:
     """A clone of a host's patcher that offloads."""
-    if getattr(patcher, "is_dynamic", lambda: False)():  # newer hosts: layers that fetch their weights themselves
-        if patcher.cached_patcher_init is None:
-            raise ValueError(
-                "Group offloading needs a copy of this model without ComfyUI's dynamic VRAM, and its loader does not "
-                "say how to make one. Use another loader, or set group_offload to off."
-            )
-        clone = patcher.clone(disable_dynamic=True)
-    else:
-        clone = patcher.clone()
+    if is_dynamic(patcher) and patcher.cached_patcher_init is None:
+        raise ValueError(
+            "Group offloading needs a copy of this model without ComfyUI's dynamic VRAM, and its loader does not "
+            "say how to make one. Use another loader, or set group_offload to off."
+        )
+    clone = patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
     clone.__class__ = OffloadPatcher  # the host's clone has every field of its own that there is to take over
     clone.offload(how, dtype)
     return clone

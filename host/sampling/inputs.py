@@ -114,8 +114,6 @@ def check_memory(model_patcher: Any, latents: Tensor) -> None:
 
 def make_rng(start: VideoStart, seed: int, seed_mode: str) -> torch.Generator:
     """The generator of a run, on the CPU: the one of the video that goes on, or a new one."""
-    if seed_mode not in ("continue", "new"):
-        raise ValueError(f"seed_mode must be continue or new, got {seed_mode!r}.")
     rng = torch.Generator().manual_seed(seed)
     if seed_mode == "continue" and start.rng_state is not None:
         rng.set_state(start.rng_state)

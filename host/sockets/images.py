@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import comfy.utils
 import torch
@@ -45,8 +45,6 @@ def prepare_images(images: Tensor, width: int, height: int, fit: Fit) -> Tensor:
     crop fills the size and cuts the centre, pad puts the whole image between black bars, stretch ignores the aspect
     ratio. Grey becomes RGB and alpha is dropped. Raises ValueError for what is no image, NaN and inf included.
     """
-    if fit not in get_args(Fit):  # the host (0.3.75) lets any value of a V3 combo pass
-        raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, got {fit!r}.")
     check_images(images)
     shape = (len(images), height, width, 3)
     needed = math.prod(shape) * torch.float32.itemsize

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_management
 
+from ..compat import is_dynamic
 from ..sampling.guider import HeliosGuider
 
 SPARE = 1.1  # the host's own factor on what it frees for weights
@@ -45,7 +46,7 @@ def _is_whole(patcher: Any) -> bool:
     """Whether all weights stay on the device. Where the host streams some in, two threads share its buffers."""
     if comfy.model_management.is_device_cpu(patcher.load_device):
         return True
-    if getattr(patcher, "is_dynamic", bool)():  # newer hosts' dynamic VRAM may take any weight away at any time
+    if is_dynamic(patcher):
         return False
     return not patcher.model.model_lowvram and patcher.loaded_size() >= WHOLE * patcher.model_size()
 

@@ -15,14 +15,18 @@ from ..sockets.decoding import decode_chunk
 from .mp4 import VideoFile
 
 
+def video_folder() -> Path:
+    """Where videos lie until the user saves them: ComfyUI's temporary folder."""
+    return Path(folder_paths.get_temp_directory())
+
+
 class VideoWriter:
     """Decodes the chunks of a batch and writes one video file an item; files that are not finished do not stay."""
 
     def __init__(self, vae: Any, batch: int, shown: tuple[int, int], fps: float, crf: int, bit_depth: str):
         """shown: the first frame of the video to write, and the one before which to stop."""
-        folder = Path(folder_paths.get_temp_directory())
         self.vae, self.shown = vae, shown
-        self.files = [VideoFile(folder, fps, crf, bit_depth) for _ in range(batch)]
+        self.files = [VideoFile(video_folder(), fps, crf, bit_depth) for _ in range(batch)]
         self._stopped = False
 
     def write(self, position: int, samples: Tensor, vae: Any = None) -> None:

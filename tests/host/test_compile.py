@@ -191,7 +191,7 @@ def test_the_node_compiles_a_clone(model, monkeypatch):
 
 
 def test_values_of_no_widget_are_refused(model):
-    with pytest.raises(ValueError, match="mode one of default"):
+    with pytest.raises(ValueError, match="mode must be one of default"):
         run_node(model, mode="fast")
 
 

@@ -38,6 +38,13 @@ TEXTS = [
     if isinstance(widget, (io.String.Input, io.Combo.Input))
 ]
 
+CHOICES = [
+    (node, widget.id)
+    for node, cls in NODES.items()
+    for widget in cls.define_schema().inputs
+    if isinstance(widget, io.Combo.Input) and widget.id not in ("file", "folder", "model_name")
+]
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
@@ -76,6 +83,12 @@ def test_a_lone_surrogate_is_no_text():
 def test_what_is_no_text_is_refused(node, name, value):
     with pytest.raises(ValueError, match=rf"^`{name}` is .*; expected (one of its choices|text that can be written)"):
         with_widget(node, name, value)
+
+
+@pytest.mark.parametrize("node, name", CHOICES)
+def test_a_choice_that_its_widget_does_not_have_is_refused(node, name):
+    with pytest.raises(ValueError, match=rf"^{name} must be one of \w+, .*, got 'none of them'\.$"):
+        with_widget(node, name, "none of them")
 
 
 def test_the_host_still_finds_the_inputs_of_a_checked_node():

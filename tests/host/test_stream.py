@@ -417,7 +417,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing(parts, monkeypatch, overlap
     [
         ({"bit_depth": "12"}, "bit_depth must be one of 8, 10, got '12'"),
         ({"overlap_decode": "on"}, "overlap_decode must be one of auto, off, got 'on'"),
-        ({"seed_mode": "old"}, "seed_mode must be continue or new"),
+        ({"seed_mode": "old"}, "seed_mode must be one of continue, new"),
         ({"drop_first": 66}, "drop_first is 66, but the video has 66 frames"),
     ],
 )
