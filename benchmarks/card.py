@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helios_core.config import TransformerConfig
-from helios_core.history import History
 
 TEXT_LENGTH = 512
 TERA = 1e12
@@ -64,8 +63,3 @@ def median(function: Callable[[], Any], turns: int) -> float:
     if turns > 1:
         function()
     return statistics.median(seconds(function) for _ in range(turns))
-
-
-def low(history: History) -> History:
-    """In bf16, as a bf16 network takes it."""
-    return replace(history, **{name: getattr(history, name).bfloat16() for name in ("long", "mid", "short")})

@@ -74,17 +74,11 @@ def ours(folder: Path, **settings: Any) -> Iterator[Callable[[], Any]]:
     """Steps of our transformer, read from the folder; offloaded where there are settings."""
     import torch
 
-    from helios_core.checkpoint import open_checkpoint, target_dtypes
     from helios_core.history import HistoryLayout, Memory
+    from helios_core.loading import load_transformer
     from helios_core.offload import Offloader
-    from helios_core.safetensors_file import read_tensors
-    from helios_core.transformer import HeliosTransformer
 
-    checkpoint = open_checkpoint(folder)
-    model = HeliosTransformer(checkpoint.config, device="meta").eval()
-    targets = target_dtypes(checkpoint.config, torch.float32)
-    model.load_state_dict(dict(read_tensors(checkpoint.tensors, targets.__getitem__)), assign=True)
-    model.requires_grad_(False)
+    model = load_transformer(folder, torch.float32)
     given = inputs()
     history = Memory(given["past"], given["anchor"], HistoryLayout()).history()
 
@@ -144,7 +138,7 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     import torch  # noqa: F401
 
-    for module in ("helios_core.offload", "helios_core.checkpoint", "diffusers.models", "diffusers.hooks"):
+    for module in ("helios_core.offload", "helios_core.loading", "diffusers.models", "diffusers.hooks"):
         importlib.import_module(module)
     from diffusers import HeliosTransformer3DModel  # noqa: F401  # its import is not part of the case
 

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from card import TEXT_LENGTH, device, low, random
+from card import TEXT_LENGTH, device, random
 from measure import Peak, Row
 from parts import require
 from torch import Tensor
 
-from helios_core.checkpoint import CONFIG_KEY, open_checkpoint, target_dtypes
+from helios_core.checkpoint import CONFIG_KEY, target_dtypes
 from helios_core.config import NATIVE_HEIGHT, NATIVE_WIDTH, SPATIAL_SCALE, TransformerConfig
 from helios_core.generate import PredictFlow, Run, generate
 from helios_core.history import History, Memory
-from helios_core.safetensors_file import read_tensors
+from helios_core.loading import load_transformer
 from helios_core.schedule import DISTILLED
 from helios_core.transformer import HeliosTransformer
 
@@ -56,14 +56,14 @@ def rows(case: str, file: Path, tiny: bool) -> Iterator[Row]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with Peak() as host:
-        model = read_model(file)
+        model = load_transformer(file, torch.bfloat16)
         settings = CASES[case]
         if not settings:
             model.to(device())
         text = random(1, TEXT_LENGTH, model.config.text_dim)
 
         def bind(index: int, history: History) -> PredictFlow:
-            past = low(history)
+            past = history.to(torch.bfloat16)
 
             def predict(latents: Tensor, timestep: float, sigma: float) -> Tensor:
                 time = torch.tensor([timestep], device=latents.device)
@@ -98,12 +98,3 @@ def write_weights(file: Path, config: TransformerConfig) -> None:
     unfinished = file.with_suffix(".new")
     save_file(weights, unfinished, {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())})
     unfinished.replace(file)
-
-
-def read_model(file: Path) -> HeliosTransformer:
-    """The transformer in bf16, its weights mapped from the file."""
-    checkpoint = open_checkpoint(file)
-    model = HeliosTransformer(checkpoint.config, dtype=torch.bfloat16, device="meta").eval()
-    targets = target_dtypes(checkpoint.config, torch.bfloat16)
-    model.load_state_dict(dict(read_tensors(checkpoint.tensors, targets.__getitem__)), assign=True)
-    return model.requires_grad_(False)

@@ -11,15 +11,16 @@ from typing import Any
 import decode
 import torch
 from attention import backends, first_line, matrix_peak
-from card import TERA, TEXT_LENGTH, Shape, device, low, median, random
+from card import TERA, TEXT_LENGTH, Shape, device, median, random
 from measure import Row, in_turns, peak_extra_bytes
 from parts import MissingError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from helios_core.config import CHUNK_FRAMES
-from helios_core.generate import PredictFlow, Run, generate
+from helios_core.generate import Run, generate
 from helios_core.history import History, Memory
+from helios_core.predict import bind_transformer
 from helios_core.schedule import DISTILLED, Schedule
 from helios_core.transformer import HeliosTransformer
 
@@ -129,17 +130,7 @@ def make(
     network: HeliosTransformer, embeddings: Tensor, schedule: Schedule, latents: tuple[int, int], count: int
 ) -> Iterator[Tensor]:
     """Chunks of a new video, latents (1, 16, 9, H, W)."""
-    text = network.prepare_text(embeddings)
-
-    def bind(index: int, history: History) -> PredictFlow:
-        past = network.prepare_history(low(history))
-
-        def predict(latents: Tensor, timestep: float, sigma: float) -> Tensor:
-            time = torch.full((1,), timestep, device=latents.device)
-            return network(latents.bfloat16(), time, text, past).float()
-
-        return predict
-
+    bind = bind_transformer(network, schedule, embeddings)
     memory = Memory.empty(1, *latents).to(device())
     for chunk in generate(bind, Run(schedule, memory, count, torch.Generator().manual_seed(0))):
         yield chunk.latents

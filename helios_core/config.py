@@ -28,6 +28,23 @@ FIXED: dict[str, Any] = {
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
 }
+SIZES = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+)
+SWITCHES = (
+    "cross_attn_norm",
+    "guidance_cross_attn",
+    "zero_history_timestep",
+    "has_multi_term_memory_patch",
+    "is_amplify_history",
+)
 LARGEST = 65536  # of any size of a network; its largest matrix can still be counted
 
 
@@ -67,7 +84,7 @@ class TransformerConfig:
     history_scale_mode: Literal["scalar", "per_head"] = "per_head"
 
     def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "int"}
+        sizes = {name: getattr(self, name) for name in SIZES}
         sizes |= {f"{name}[{i}]": getattr(self, name)[i] for name in ("patch_size", "rope_dim") for i in range(3)}
         for name, value in sizes.items():
             if type(value) is not int or not 1 <= value <= LARGEST:
@@ -82,7 +99,7 @@ class TransformerConfig:
                 f"num_attention_heads {self.num_attention_heads} times attention_head_dim {self.attention_head_dim} "
                 f"must be at most {LARGEST}."
             )
-        for name in (f.name for f in dataclasses.fields(self) if f.type == "bool"):
+        for name in SWITCHES:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {quoted(getattr(self, name))}.")
         for name in ("eps", "rope_theta"):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .config import CHUNK_LATENTS
 from .history import Memory, Statistics
 
 
@@ -45,7 +46,7 @@ class AntiDrift:
         """Before the next chunk: add noise to the newest chunk in a memory that has drifted; nothing to any other."""
         if not memory.drifted:
             return memory
-        newest = memory.latents[:, :, -memory.layout.chunk :]
+        newest = memory.latents[:, :, -CHUNK_LATENTS:]
         noise = torch.randn(newest.shape, generator=rng, device=rng.device).to(newest.device)
-        older = memory.latents[:, :, : -memory.layout.chunk]
+        older = memory.latents[:, :, :-CHUNK_LATENTS]
         return replace(memory, latents=torch.cat([older, newest + self.strength * noise], dim=2), drifted=False)

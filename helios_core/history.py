@@ -28,10 +28,9 @@ class HistoryLayout:
 
     sizes: tuple[int, int, int] = HISTORY_SIZES
     keep_first_frame: bool = True
-    chunk: int = CHUNK_LATENTS
 
     def __post_init__(self) -> None:
-        if len(self.sizes) != 3 or min(self.sizes) < 1 or self.chunk < 1:
+        if len(self.sizes) != 3 or min(self.sizes) < 1:
             raise ValueError(f"History sizes must be three numbers from 1 (long, mid, short), got {self.sizes}.")
 
     @property
@@ -56,7 +55,7 @@ class HistoryLayout:
             long=tuple(range(len(anchor), mid_start)),
             mid=tuple(range(mid_start, short_start)),
             short=(*anchor, *range(short_start, noisy_start)),
-            noisy=tuple(range(noisy_start, noisy_start + self.chunk)),
+            noisy=tuple(range(noisy_start, noisy_start + CHUNK_LATENTS)),
         )
 
 

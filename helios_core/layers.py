@@ -250,6 +250,7 @@ class Block(nn.Module):
 
         target = x if noisy_only or self.cross_attend_history else x[:, history_tokens:]
         query = self.attn2.queries(self.norm2(target.float()).to(x.dtype))
+        # In place, and so into x, of which target is a view: nothing else reads x here.
         target += self.attn2(query, self.attn2.keys_values(text) if isinstance(text, Tensor) else text, attend)
         del query
 

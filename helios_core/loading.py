@@ -32,6 +32,7 @@ def load_weights(
     Weights that are stored as they are used stay mapped to the file; the others are converted one by one, so this
     takes no more memory than they do in the end. on_tensor is called after each.
     """
+    # Not from the network's own parameters: newer hosts on Windows make a Linear's only when weights are loaded.
     targets = target_dtypes(checkpoint.config, dtype)
     weights = {}
     for name, tensor in read_tensors(checkpoint.tensors, targets.__getitem__):

@@ -98,6 +98,16 @@ def _noised(latents: Tensor, sigmas: SigmaRange, count: int, rng: torch.Generato
     return sigma * noise + (1 - sigma) * latents
 
 
+def check_lengths(chunks: tuple[int, ...], blend: int) -> None:
+    """Raise ValueError for a prompt that does not last longer than the blend into it; lengths in chunks."""
+    for number, length in enumerate(chunks, start=1):
+        if length <= blend:
+            raise ValueError(
+                f"Prompt {number} lasts {length} chunks of 33 frames, and blending takes {blend}: every prompt must "
+                "last longer than the blend. Lengthen the prompt or shorten the blend."
+            )
+
+
 @dataclass(frozen=True)
 class PromptTrack:
     """Several prompts in a row, each for a number of chunks, blending into the next."""
@@ -107,12 +117,7 @@ class PromptTrack:
     blend: int  # chunks at the start of a prompt that mix it with the one before
 
     def __post_init__(self) -> None:
-        for number, length in enumerate(self.chunks, start=1):
-            if length <= self.blend:
-                raise ValueError(
-                    f"Prompt {number} lasts {length} chunks of 33 frames, and blending takes {self.blend}: every "
-                    "prompt must last longer than the blend. Lengthen the prompt or shorten the blend."
-                )
+        check_lengths(self.chunks, self.blend)
 
     def at(self, index: int) -> Tensor:
         """The embedding (1, L, D) of a chunk, counted from where the track begins; the last prompt stays.

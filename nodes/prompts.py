@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
-from ..helios_core.video import PromptTrack
+from ..helios_core.video import PromptTrack, check_lengths
 from ..host.compat import INCREMENT, schema
 from ..host.files.prompt_file import fingerprint, read_prompts, text_files
 from ..host.messages import Notes, tell
@@ -100,7 +99,7 @@ class HeliosPromptSchedule(io.ComfyNode):
         earlier = _track_before(before)
         texts, lengths = zip(*_used_slots(slots), strict=True)
         chunks = earlier.chunks + tuple(_whole_chunks(length, unit) for length in lengths)
-        track = PromptTrack((), chunks, blend)  # refuses lengths before the text encoder is loaded
+        check_lengths(chunks, blend)  # before the text encoder is loaded
         names = [*(f"Prompt {number}" for number in range(1, len(texts) + 1)), "The negative prompt"]
         notes = Notes(cls.hidden.unique_id)
         with offloaded_clip(clip, offloading(group_offload, blocks_per_group, "disk")) as encoder:
@@ -108,11 +107,11 @@ class HeliosPromptSchedule(io.ComfyNode):
                 encode_prompt(encoder, text, name, notes.warn)
                 for name, text in zip(names, (*texts, negative), strict=True)
             ]
-        track = replace(track, embeddings=earlier.embeddings + tuple(entries[0][0] for entries in encoded))
+        embeddings = earlier.embeddings + tuple(entries[0][0] for entries in encoded)
         summary = _summary(chunks)
         notes.inform(summary)
         return io.NodeOutput(
-            set_track(before or encoded[0], track),
+            set_track(before or encoded[0], PromptTrack(embeddings, chunks, blend)),
             unwanted,
             sum(chunks) * CHUNK_FRAMES,
             summary,

@@ -20,7 +20,7 @@ import comfy.utils
 import torch
 
 from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
-from ...helios_core.safetensors_file import read_tensors
+from ...helios_core.loading import load_weights
 from ..compat import usual_patcher
 from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
 from .offload_patcher import Offloading, OffloadPatcher
@@ -87,15 +87,8 @@ def load_model(
     config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES))
     model = config.get_model(None, device="meta")
     model.variant, model.files = checkpoint.variant, checkpoint.files
-    # Not from the module itself: newer hosts on Windows make a Linear's weights only when they are loaded.
-    targets = target_dtypes(checkpoint.config, weight_dtype)
-
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
-    weights = {}
-    for name, tensor in read_tensors(checkpoint.tensors, targets.__getitem__):
-        weights[name] = tensor
-        bar.update(1)
-    model.diffusion_model.load_state_dict(weights, assign=True)
+    load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1))
     model.diffusion_model.requires_grad_(False)
 
     model.device = offload_device

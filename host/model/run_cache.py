@@ -40,7 +40,7 @@ class RunCache:
 
     def __init__(self, text_bytes: float):
         self.text_bytes = text_bytes  # how much the prompts may take
-        self.prompts: dict[Hashable, tuple[int, Tensor]] = {}  # of a cond: how often it has changed, and what it is
+        self.prompts: dict[Hashable, tuple[int, Tensor]] = {}  # by a cond's id: version and embedding
         self.texts: dict[Hashable, PreparedText] = {}  # least recently used first
         self.histories: dict[Hashable, PreparedHistory] = {}
 

@@ -25,7 +25,7 @@ from ...helios_core.quoting import quoted
 from .plain_files import disk_errors, in_background, ordinary
 from .run_folder import claimed, remove_old, run_folder, tidy
 
-CHUNK_FORMAT = "helios chunk 1"
+CHUNK_FORMAT = "helios chunk 2"
 MAX_HEADER = 1_000_000  # bytes of a chunk's file beside its tensors; they are a few hundred
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 WRONG = {
@@ -246,7 +246,7 @@ def _parse(described: str) -> dict[str, Any]:
 
 
 def _describe(layout: HistoryLayout) -> dict[str, Any]:
-    return {"sizes": list(layout.sizes), "keep_first_frame": layout.keep_first_frame, "chunk": layout.chunk}
+    return {"sizes": list(layout.sizes), "keep_first_frame": layout.keep_first_frame}
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -16,7 +16,6 @@ from comfyui_helios.helios_core import transformer as transformer_module
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.generate import Run, generate
-from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.pyramid import block_noise, double
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
@@ -46,16 +45,14 @@ def sample(schedule, dtype=torch.float32, prepared=True, net=None, chunks=CHUNKS
     texts = [x.to(CARD, dtype) for x in oracle.prompts()]
     if prepared:
         texts = [net.prepare_text(text) for text in texts]
-    guide = cfg_zero_star if schedule.guidance == "cfg_zero_star" else cfg
 
     def bind(index, history):
-        past = replace(history, **{name: getattr(history, name).to(dtype) for name in ("long", "mid", "short")})
-        past = net.prepare_history(past) if prepared else past
+        past = net.prepare_history(history.to(dtype)) if prepared else history.to(dtype)
 
         def predict(latents, timestep, sigma):
             timesteps = torch.full((latents.shape[0],), timestep, device=latents.device)
             flows = [net(latents.to(dtype), timesteps, text, past).float() for text in texts[: 1 + schedule.guided]]
-            return guide(*flows, schedule.guidance_scale) if schedule.guided else flows[0]
+            return schedule.guide(*flows) if schedule.guided else flows[0]
 
         return predict
 

@@ -1,12 +1,9 @@
 """Prompts and histories that are prepared once, and operations that work in place: exactly the same numbers."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from comfyui_helios.helios_core.attention import sdpa
-from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.layers import Modulation
 from comfyui_helios.helios_core.rope import apply_rope_, rope_table
@@ -34,7 +31,7 @@ def inputs(batch=1, noisy=(6, 10), size=(12, 20), dtype=torch.float32):
     rng = torch.Generator().manual_seed(0)
     memory = Memory(torch.randn(batch, 16, 19, *size, generator=rng), torch.randn(batch, 16, 1, *size, generator=rng))
     past = memory.history()
-    past = replace(past, **{name: getattr(past, name).to(dtype) for name in ("long", "mid", "short")})
+    past = past.to(dtype)
     latents = torch.randn(batch, 16, 9, *noisy, generator=rng).to(dtype)
     return latents, torch.rand(batch, generator=rng) * 1000, oracle.prompts(batch=batch)[0].to(dtype), past
 
@@ -88,7 +85,6 @@ def test_whole_runs_are_the_same(name):
     """A run as a host makes it, prompts prepared once and histories once a chunk, against every step on its own."""
     case, ours = CASES[name], network()
     positive, negative = oracle.prompts()
-    guide = cfg_zero_star if case.schedule.guidance == "cfg_zero_star" else cfg
 
     def binder(texts, prepare_history):
         def bind(index, history):
@@ -96,7 +92,7 @@ def test_whole_runs_are_the_same(name):
 
             def predict(latents, timestep, sigma):
                 flows = [ours(latents, torch.full((1,), timestep), text, past) for text in texts]
-                return guide(*flows, case.schedule.guidance_scale) if case.schedule.guided else flows[0]
+                return case.schedule.guide(*flows) if case.schedule.guided else flows[0]
 
             return predict
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.helios_core.config import CHUNK_LATENTS, TransformerConfig
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
 from support import oracle
@@ -34,7 +34,7 @@ def inputs(seed, batch, layout, size, noisy):
     rng = torch.Generator().manual_seed(seed)
     past = torch.randn(batch, 16, layout.frames, *size, generator=rng)
     anchor = torch.randn(batch, 16, 1, *size, generator=rng)
-    latents = torch.randn(batch, 16, layout.chunk, *noisy, generator=rng)
+    latents = torch.randn(batch, 16, CHUNK_LATENTS, *noisy, generator=rng)
     timestep = torch.rand(batch, generator=rng) * 1000
     return latents, timestep, oracle.prompts(seed, batch)[0], Memory(past, anchor, layout).history()
 

@@ -6,8 +6,8 @@ import torch
 
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.generate import Run, generate
-from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
+from comfyui_helios.helios_core.predict import bind_transformer
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
 from support.tiny import make_loud
@@ -42,20 +42,7 @@ def video(model, schedule, device, chunks=2):
     """Latents (1, 16, 9k, H, W), float32 on the CPU, of a text-to-video run on this device."""
     rng = torch.Generator().manual_seed(1)
     prompts = torch.randn(2, 1, 12, CONFIG.text_dim, generator=rng).to(device, model.dtype)
-    texts = [model.prepare_text(prompt) for prompt in (prompts if schedule.guided else prompts[:1])]
-    guide = cfg_zero_star if schedule.guidance == "cfg_zero_star" else cfg
-
-    def bind(index, history):
-        terms = {name: getattr(history, name).to(model.dtype) for name in ("long", "mid", "short")}
-        past = model.prepare_history(replace(history, **terms))
-
-        def predict(latents, timestep, sigma):
-            time = torch.full((1,), timestep, device=device)
-            flows = [model(latents.to(model.dtype), time, text, past).float() for text in texts]
-            return guide(*flows, schedule.guidance_scale) if schedule.guided else flows[0]
-
-        return predict
-
+    bind = bind_transformer(model, schedule, *prompts)
     memory = Memory.empty(1, *LATENTS).to(device)
     return torch.cat([chunk.latents.cpu() for chunk in generate(bind, Run(schedule, memory, chunks, rng))], dim=2)
 

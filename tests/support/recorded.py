@@ -20,7 +20,6 @@ from torch import Tensor
 
 from helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE, TransformerConfig
 from helios_core.generate import Chunk, PredictFlow, Run, generate
-from helios_core.guidance import cfg, cfg_zero_star
 from helios_core.history import History, HistoryLayout
 from helios_core.pyramid import block_factor
 from helios_core.rope import rope_table
@@ -136,8 +135,7 @@ def run_numbers(variant: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
             asked.append(timestep)
             batch = torch.full((1,), timestep)
             cond, uncond = (network(latents, batch, values[name], history) for name in ("positive", "negative"))
-            guide = cfg_zero_star if schedule.guidance == "cfg_zero_star" else cfg
-            return guide(cond, uncond, schedule.guidance_scale) if schedule.guided else cond
+            return schedule.guide(cond, uncond) if schedule.guided else cond
 
         return predict_flow
 

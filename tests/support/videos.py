@@ -8,7 +8,6 @@ from diffusers import HeliosScheduler
 
 from comfyui_helios.helios_core.config import SPATIAL_SCALE, TransformerConfig
 from comfyui_helios.helios_core.generate import Run, generate
-from comfyui_helios.helios_core.guidance import cfg, cfg_zero_star
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID, Schedule, dynamic_shift_mu
 from comfyui_helios.helios_core.transformer import HeliosTransformer
@@ -111,8 +110,7 @@ def guided(predict, schedule, positive, negative):
             cond = predict(latents, batch, positive, history)
             if not schedule.guided:
                 return cond
-            guide = cfg_zero_star if schedule.guidance == "cfg_zero_star" else cfg
-            return guide(cond, predict(latents, batch, negative, history), schedule.guidance_scale)
+            return schedule.guide(cond, predict(latents, batch, negative, history))
 
         return predict_flow
 
