@@ -7,6 +7,7 @@ counts how often that is right on rendered clips.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -24,7 +25,7 @@ from world import (
 
 SEEN = 0.2, 0.6  # saturation from which a pixel counts, and from which it counts in full
 STILL = 0.02  # what a centre may wander, in frame sides (standard deviation)
-TRIANGLE, SQUARE = 0.4, 0.3  # three- and fourfold moments above which a thing is one: they have 0.8 and 0.6, a ball 0
+TRIANGLE, SQUARE = 0.4, 0.15  # three- and fourfold moments from which a thing is one: such have 0.8 and 0.6, balls 0
 
 
 @dataclass(frozen=True)
@@ -174,22 +175,36 @@ def count_right(pairs: list[tuple[Finding, Finding]]) -> dict[str, float]:
     return {**{k: float(v) for k, v in right.items()}, "together": float(np.mean(together))}
 
 
+def _vae_there_and_back() -> Callable[[np.ndarray], np.ndarray]:
+    from latents import normalised
+    from sample import decode_chunks, load_vae
+
+    vae = load_vae("cpu")
+
+    def through(video: np.ndarray) -> np.ndarray:
+        return decode_chunks(vae, normalised(vae, video, "cpu").float().flatten(0, 1).transpose(0, 1)[None])[0]
+
+    return through
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=500)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--vae", action="store_true", help="of what the VAE makes of them")
     options = parser.parse_args()
     import logging
 
     from trainer import start_logging
 
     start_logging()
+    through = _vae_there_and_back() if options.vae else lambda video: video
     pairs = []
     for seed in range(options.clips):
         clip, chunk = sample_clip(seed), seed % 5
         if is_steady(clip, chunk) and is_steady(clip, chunk + 1):
             start = chunk * FRAMES_PER_CHUNK
-            found = find(render(clip, start, start + 2 * FRAMES_PER_CHUNK, options.size))
+            found = find(through(render(clip, start, start + 2 * FRAMES_PER_CHUNK, options.size)))
             pairs.append((found, truth(clip, chunk)))
             if found != truth(clip, chunk):
                 logging.info("%d: %s, in truth %s", seed, found, truth(clip, chunk))

@@ -89,7 +89,7 @@ def find_map(latents: Tensor, colours: Tensor, spread: float = 0.6) -> tuple[Ten
         deviations = torch.einsum("ij,jk,ik->i", matrix, gram, matrix).sqrt()
         seen = matrix.T @ factors
         error = torch.einsum("ic,ij,jc->", seen, gram, seen) - 2 * (seen * cross).sum() + power
-        loss = error + (deviations - 1).square().sum() + 0.3 * tilt.square().sum()
+        loss = error + (deviations - 1).square().sum() + 0.05 * tilt.square().sum()
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:

@@ -20,11 +20,11 @@ TEXT_TOKENS = 512
 TOLD_TOKENS = 31  # the most that a caption of the world has; the next one stands for all the zeros
 LONG, MID, NOISY = 16, 2, 9  # latent frames of the parts
 CONFIG = {
-    "num_attention_heads": 5,
+    "num_attention_heads": 4,
     "attention_head_dim": 32,
     "rope_dim": (12, 10, 10),
     "text_dim": TEXT_DIM,
-    "ffn_dim": 640,
+    "ffn_dim": 512,
     "num_layers": 6,
 }
 

@@ -127,15 +127,15 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--kl", type=float, default=2e-4)
     parser.add_argument("--images", type=int, default=12, help="batch of single frames; a clip counts as 9 of them")
-    parser.add_argument(
-        "--crop", type=int, help="train on squares of this side, two for one, in the first three quarters"
-    )
+    parser.add_argument("--crop", type=int, help="train on squares of this side, two for one, in the first two thirds")
+    parser.add_argument("--start", type=Path, help="a folder with a VAE to begin with")
     parser.add_argument("--adam", action="store_true")
     parser.add_argument("--folder", type=Path, default=CACHE)
     options = parser.parse_args()
     start_logging()
     torch.manual_seed(options.seed)
-    vae = make_vae().to(options.device)
+    vae = AutoencoderKLWan.from_pretrained(options.start).float() if options.start else make_vae()
+    vae.to(options.device)
     if options.adam:
         optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99))
     else:
@@ -144,10 +144,10 @@ def main() -> None:
     losses: dict[str, list[float]] = {"image": [], "clip": []}
     for step in run.steps(options.steps):
         rng, noise = rngs(options.seed, step, options.device)
-        is_clip = step >= IMAGE_STEPS and step % 3 == 2
+        is_clip = (step >= IMAGE_STEPS or options.start is not None) and step % 3 == 2
         frames = int(rng.choice(CLIP_FRAMES)) if is_clip else 1
         count = max(1, options.images * 9 // (4 * frames)) if is_clip else options.images
-        crop = options.crop if step < 0.75 * options.steps else None
+        crop = options.crop if step < 0.65 * options.steps else None
         video = sample_batch(rng, count * (2 if crop else 1), frames, options.size, crop).to(options.device)
         with torch.autocast(options.device, torch.bfloat16, enabled=is_clip or options.device != "cpu"):
             loss = train_step(vae, video, noise, options.kl, halve=step % 12 in (4, 11))
@@ -158,7 +158,7 @@ def main() -> None:
             group["lr"] = options.lr * warm_cosine(step, options.steps, 100)
         optimizer.step()
         losses["clip" if is_clip else "image"].append(loss.item())
-        if (step + 1) % 200 == 0:
+        if (step + 1) % 100 == 0:
             run.average.exchange()
             values = measure(vae, options.size, options.device)
             run.average.exchange()

@@ -182,6 +182,7 @@ class Run:
         """One row of the loss curve, in the log and in the table."""
         row = {"step": self.step, "seconds": round(self.seconds), **{k: f"{v:.5g}" for k, v in values.items()}}
         log.info("  ".join(f"{key} {value}" for key, value in row.items()))
+        self.table.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.table.exists()
         with self.table.open("a", newline="") as file:
             writer = csv.DictWriter(file, row)
