@@ -25,7 +25,7 @@ from world import (
 
 SEEN = 0.2, 0.6  # saturation from which a pixel counts, and from which it counts in full
 STILL = 0.02  # what a centre may wander, in frame sides (standard deviation)
-TRIANGLE, SQUARE = 0.4, 0.15  # three- and fourfold moments from which a thing is one: such have 0.8 and 0.6, balls 0
+TRIANGLE, SQUARE = 0.4, 0.2  # three- and fourfold moments from which a thing is one: such have 0.8 and 0.6, balls 0
 
 
 @dataclass(frozen=True)
