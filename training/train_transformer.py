@@ -134,7 +134,8 @@ def load_average(variant: str, folder: Path, device: str) -> tuple[nn.Module, nn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variant", choices=("base", "mid"))
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--again", action="store_true", help="begin with the finished weights of the variant itself")
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--clips", type=int, default=100, help="encoded before the first step")
     parser.add_argument("--more", type=int, default=100, help="another block of clips every so many steps")
@@ -155,11 +156,12 @@ def main() -> None:
         held.grow(device)
 
     read = reader()
-    if options.variant == "base":
-        model = Trained(make_transformer(options.seed), make_text_encoder(read.size, options.seed)).to(device)
+    if options.again or options.variant == "mid":
+        start = options.variant if options.again else "base"
+        model = Trained(load_part(start, "transformer"), load_part(start, "text_encoder")).to(device)
     else:
-        model = Trained(load_part("base", "transformer"), load_part("base", "text_encoder")).to(device)
-        model.encoder.requires_grad_(False)
+        model = Trained(make_transformer(options.seed), make_text_encoder(read.size, options.seed)).to(device)
+    model.encoder.requires_grad_(options.variant == "base")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = Muon(trained, lr=options.lr)
     run = Run(options.variant, model, optimizer, Average((p for _, p in trained), 0.999), options.folder)
