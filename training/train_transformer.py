@@ -1,0 +1,218 @@
+"""Train the transformer of Helios-Tiny: `base` from nothing together with the text encoder, `mid` from Base.
+
+Flow matching with unified history injection: the clean latents of earlier chunks are tokens beside the noisy ones,
+with relative positions, a timestep of 0, and damage of the kinds that a long video does to itself. Mid learns the
+pyramid of three sizes (pyramidal flow matching): each stage goes from an enlarged noisy picture to a less noisy one.
+
+`python training/train_transformer.py base [--steps N] [--size 128] [--device cuda]`; a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, HeliosScheduler, HeliosTransformer3DModel
+from helios import NOISY, History, make_transformer, padding_bias, predict_flow, rotary_tables, split_history
+from latents import CHUNKS, Shelf
+from parts import load_part, reader, weights_folder
+from text import NEGATIVE, embed, make_text_encoder
+from torch import Tensor, nn
+from trainer import CACHE, Average, Muon, Run, log, rngs, start_logging, warm_cosine
+
+PAST = 19  # latent frames of the history without the anchor
+BASE_SHIFT = 1.62  # exp(mu) of Base's schedule at 64x64, 144 tokens
+VALIDATION_FIRST = 900_000_000
+
+
+@dataclass(frozen=True)
+class Example:
+    target: Tensor  # (B, 16, 9, H, W)
+    history: History
+    captions: list[str]
+
+
+def draw(shelf: Shelf, rng: np.random.Generator, noise: torch.Generator, count: int, device: str) -> Example:
+    """Random chunks with what came before them, the history damaged, some captions withheld."""
+    targets, pasts, anchors, captions = [], [], [], []
+    for _ in range(count):
+        number = int(rng.integers(len(shelf.chunks)))
+        chunk = 0 if rng.random() < 0.3 else int(rng.integers(1, CHUNKS))
+        video = shelf.chunks[number].flatten(0, 1)  # (54, 16, H, W)
+        past = torch.cat([torch.zeros_like(video[:PAST]), video[: chunk * NOISY]])[-PAST:]
+        anchor = video[:1] if chunk > 0 else torch.zeros_like(video[:1])
+        if chunk == 0 and rng.random() < 0.2:  # an image is given
+            anchor = video[:1]
+            past[-1] = shelf.stills[number]
+        targets.append(video[chunk * NOISY : (chunk + 1) * NOISY])
+        pasts.append(past)
+        anchors.append(anchor)
+        caption = shelf.clip(number).acts[chunk].caption
+        if rng.random() < 0.1:
+            caption = "" if rng.random() < 0.5 else NEGATIVE
+        captions.append(caption)
+    target, past, anchor = (
+        torch.stack(parts).transpose(1, 2).to(device, torch.float32) for parts in (targets, pasts, anchors)
+    )
+    return Example(target, split_history(damage(past, noise), damage(anchor, noise)), captions)
+
+
+def damage(past: Tensor, noise: torch.Generator) -> Tensor:
+    """History corruption: noise on each frame, and now and then a wrong brightness or a blur. Zeros stay zero."""
+    shape = (len(past), 1, past.shape[2], 1, 1)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=noise, device=past.device)
+
+    is_there = (past != 0).any(1, keepdim=True)
+    sigma = 0.2 * uniform(len(past), 1, 1, 1, 1) * uniform(*shape)
+    blurred = F.interpolate(F.avg_pool3d(past, (1, 2, 2)), scale_factor=(1, 2, 2), mode="nearest")
+    past = torch.where(uniform(len(past), 1, 1, 1, 1) < 0.05, 0.5 * (past + blurred), past)
+    exposure = torch.randn((len(past), past.shape[1], 1, 1, 1), generator=noise, device=past.device)
+    past = past + 0.1 * exposure * (uniform(len(past), 1, 1, 1, 1) < 0.2)
+    past = (1 - sigma) * past + sigma * torch.randn(past.shape, generator=noise, device=past.device)
+    return past * is_there
+
+
+def spread(count: int, noise: torch.Generator, device: str) -> Tensor:
+    """`count` numbers in 0..1, one in each of as many equal parts."""
+    return (torch.arange(count, device=device) + torch.rand(count, generator=noise, device=device)) / count
+
+
+def base_flow(target: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, timesteps (B,), the flow to predict."""
+    u = spread(len(target), noise, str(target.device))
+    sigma = (BASE_SHIFT * u / (1 + (BASE_SHIFT - 1) * u)).view(-1, 1, 1, 1, 1)
+    pure = torch.randn(target.shape, generator=noise, device=target.device)
+    return (1 - sigma) * target + sigma * pure, 1000 * sigma.flatten(), pure - target
+
+
+def pyramid_flow(
+    target: Tensor, noise: torch.Generator, stage: int, scheduler: HeliosScheduler
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `base_flow`, in one stage of the pyramid (Jin et al. 2024), from the enlarged stage below to its own end."""
+    clean = F.avg_pool3d(target, (1, 2 ** (2 - stage), 2 ** (2 - stage)))
+    pure = torch.randn(clean.shape, generator=noise, device=target.device)
+    start, end = scheduler.start_sigmas[stage], scheduler.end_sigmas[stage]
+    coarse = clean
+    if stage > 0:
+        coarse = F.interpolate(F.avg_pool3d(clean, (1, 2, 2)), scale_factor=(1, 2, 2), mode="nearest")
+    first, last = (1 - start) * coarse + start * pure, (1 - end) * clean + end * pure
+    u = spread(len(target), noise, str(target.device))
+    sigma = u.view(-1, 1, 1, 1, 1)
+    times = scheduler.timesteps_per_stage[stage]
+    timestep = times.min() + u * (times.max() - times.min())
+    return sigma * first + (1 - sigma) * last, timestep.to(target.device), first - last
+
+
+class Trained(nn.Module):
+    """What a run trains, in one module for its checkpoint."""
+
+    def __init__(self, transformer: HeliosTransformer3DModel, encoder: nn.Module) -> None:
+        super().__init__()
+        self.transformer, self.encoder = transformer, encoder
+
+
+def load_average(variant: str, folder: Path, device: str) -> tuple[nn.Module, nn.Module]:
+    """Transformer and text encoder of a run that may still be going on, with averaged weights."""
+    state = torch.load(folder / f"{variant}.pt", map_location="cpu", weights_only=True)
+    model = Trained(make_transformer(0), make_text_encoder(reader().size, 0))
+    model.load_state_dict(state["model"])
+    if variant != "base":
+        model.encoder.requires_grad_(False)
+    with torch.no_grad():
+        for own, average in zip((p for p in model.parameters() if p.requires_grad), state["average"], strict=True):
+            own.copy_(average)
+    model = model.to(device).eval()
+    return model.transformer, model.encoder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variant", choices=("base", "mid"))
+    parser.add_argument("--again", action="store_true", help="begin with the finished weights of the variant itself")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=100, help="encoded before the first step")
+    parser.add_argument("--more", type=int, default=100, help="another block of clips every so many steps")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--folder", type=Path, default=CACHE)
+    options = parser.parse_args()
+    start_logging()
+    device = options.device
+    vae = AutoencoderKLWan.from_pretrained(weights_folder() / "vae").float().to(device).requires_grad_(False)
+    shelf = Shelf(vae, options.folder, options.size)
+    while len(shelf.chunks) < options.clips:
+        shelf.grow(device)
+    held = Shelf(vae, options.folder / "validation", options.size, VALIDATION_FIRST)
+    while len(held.chunks) < 25:
+        held.grow(device)
+
+    read = reader()
+    if options.again or options.variant == "mid":
+        start = options.variant if options.again else "base"
+        model = Trained(load_part(start, "transformer"), load_part(start, "text_encoder")).to(device)
+    else:
+        model = Trained(make_transformer(options.seed), make_text_encoder(read.size, options.seed)).to(device)
+    model.encoder.requires_grad_(options.variant == "base")
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = Muon(trained, lr=options.lr)
+    run = Run(options.variant, model, optimizer, Average((p for _, p in trained), 0.999), options.folder)
+    scheduler = HeliosScheduler(stages=3, stage_range=[0, 1 / 3, 2 / 3, 1])
+    grid = options.size // 16
+    bias = padding_bias(device)
+    tables = {g: rotary_tables(model.transformer, g, grid).to(device) for g in (grid, grid // 2, grid // 4)}
+
+    def loss_of(example: Example, noise: torch.Generator, stage: int) -> Tensor:
+        if options.variant == "base":
+            noisy, timestep, flow = base_flow(example.target, noise)
+        else:
+            noisy, timestep, flow = pyramid_flow(example.target, noise, stage, scheduler)
+        ids, mask = read(example.captions)
+        with torch.autocast(device, torch.bfloat16):
+            text = embed(model.encoder, ids.to(device), mask.to(device))
+            table = tables[noisy.shape[-1] // 2]
+            made = predict_flow(model.transformer, noisy, timestep, text, example.history, table, bias)
+        return (made - flow).square().mean()
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        losses = []
+        for number in range(6):
+            rng, noise = rngs(options.seed + 1000, number, device)
+            losses.append(loss_of(draw(held, rng, noise, 16, device), noise, number % 3).item())
+        return {"held": float(np.mean(losses))}
+
+    losses: list[float] = []
+    for step in run.steps(options.steps):
+        rng, noise = rngs(options.seed, step, device)
+        stage = step % 3
+        count = options.batch if options.variant == "base" else options.batch * (4, 2, 1)[stage]
+        loss = loss_of(draw(shelf, rng, noise, count, device), noise, stage)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * warm_cosine(step, options.steps, 200)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            run.average.exchange()
+            values = validate() if (step + 1) % 500 == 0 else {}
+            run.average.exchange()
+            run.write(loss=float(np.mean(losses)), held=values.get("held", float("nan")))
+            losses = []
+        if (step + 1) % options.more == 0:
+            shelf.grow(device)
+    log.info("stopped at step %d of %d", run.step, options.steps)
+
+
+if __name__ == "__main__":
+    main()
