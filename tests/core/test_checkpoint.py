@@ -1,21 +1,13 @@
-"""What `helios_core.checkpoint` reads and refuses, and what `scripts/convert_checkpoint.py` makes of it."""
+"""What `helios_core.checkpoint` reads and refuses."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,15 +16,8 @@ from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.quoting import quoted
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.safetensors_file import read_headers, read_tensors
-from comfyui_helios.helios_core.transformer import HeliosTransformer
+from support.checkpoints import ODD_HEADS, SMALL, assert_same, make_official_shards, make_weights, write_json
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
-SMALL = TransformerConfig(num_attention_heads=1, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2)
-ODD_HEADS = TransformerConfig(
-    num_attention_heads=2, attention_head_dim=24, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2, rope_dim=(8, 8, 8)
-)
-BIG = TransformerConfig(num_attention_heads=8, text_dim=64, ffn_dim=4096, num_layers=16)  # 1.1 GB in fp32
 REPACK = {
     "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
     "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
@@ -45,13 +30,6 @@ REPACK = {
 LAYOUTS = {"diffusers": {}, "older": {"norm_out.scale_shift_table": "scale_shift_table"}, "repack": REPACK}
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "transformer."]
 DISK_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
-
-
-def make_weights(config: TransformerConfig = SMALL, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random weights under the model's own names."""
-    rng = torch.Generator().manual_seed(0)
-    shapes = {name: x.shape for name, x in HeliosTransformer(config, device="meta").state_dict().items()}
-    return {name: torch.randn(shape, generator=rng).to(dtype) for name, shape in shapes.items()}
 
 
 def rename(weights: dict[str, Tensor], names: dict[str, str], prefix: str = "") -> dict[str, Tensor]:
@@ -67,15 +45,6 @@ def read(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str
     return dict(read_tensors(checkpoint.tensors, lambda name: dtype))
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit for bit, dtypes and names included. (torch.equal knows no float8.)"""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert found[name].shape == tensor.shape, name
-        assert torch.equal(found[name].float(), tensor.float()), name
-
-
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(path)
@@ -83,38 +52,10 @@ def refusal(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    """The converter as a module; it puts the checkout on sys.path, which other tests must not see."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
-
-
-@pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An official folder as diffusers writes it, in shards, with a transformer_ode/ that must not be opened."""
-    from diffusers import HeliosTransformer3DModel
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("official")
-    model = HeliosTransformer3DModel(**ODD_HEADS.to_dict())
-    model.save_pretrained(folder / "transformer", max_shard_size="400KB")
-    assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
-    (folder / "transformer_ode").mkdir()
-    (folder / "transformer_ode" / "config.json").write_text("not JSON")
-    (folder / "transformer_ode" / "diffusion_pytorch_model.safetensors").write_bytes(b"not safetensors")
-    write_json(folder / "model_index.json", {"_class_name": "HeliosPyramidPipeline", "is_distilled": True})
-    save_file(dict(model.state_dict()), folder / "expected.safetensors.keep")
+    make_official_shards(folder)
     return folder
-
-
-def write_json(file: Path, values: object) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(values))
 
 
 # What is read
@@ -418,173 +359,3 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path, value, dtype):
     assert torch.isfinite(read(open_checkpoint(file), torch.bfloat16)["proj_out.weight"]).all()
     with pytest.raises(CheckpointError, match=r"a\.safetensors: the values of 'proj_out.bias'"):
         read(open_checkpoint(file), dtype)
-
-
-# The converter
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn"])
-def test_the_converted_file_holds_what_a_direct_read_gives(script, official, tmp_path, capsys, dtype):
-    target = tmp_path / "helios.safetensors"
-    assert script.main([str(official), str(target), "--dtype", dtype]) == 0
-    assert "distilled" in capsys.readouterr().out
-    source, made = open_checkpoint(official), open_checkpoint(target)
-    model = HeliosTransformer(ODD_HEADS, dtype=script.CHOICES[dtype], device="meta").state_dict()
-    direct = dict(read_tensors(source.tensors, lambda name: model[name].dtype))
-    assert (made.config, made.variant) == (ODD_HEADS, "distilled")
-    assert_same(dict(read_tensors(made.tensors, lambda name: model[name].dtype)), direct)
-    assert_same(load_file(target), direct)  # safetensors itself reads it
-    assert direct["norm_out.scale_shift_table"].dtype == torch.float32
-    assert direct["blocks.0.ffn.net.2.weight"].dtype == script.CHOICES[dtype]
-    with safe_open(target, "pt") as file:
-        assert json.loads(file.metadata()["helios_config"])["num_layers"] == 2
-        assert file.metadata()["helios_variant"] == "distilled"
-    assert [x.name for x in tmp_path.iterdir()] == [target.name]
-
-
-def test_every_tensor_of_a_converted_file_is_aligned(script, tmp_path):
-    """A bias of 63 bf16 values would put what follows it between two fp32 places."""
-    config = dataclasses.replace(SMALL, ffn_dim=63)
-    save_file(make_weights(config), tmp_path / "a.safetensors")
-    assert script.main([str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 0
-    made = open_checkpoint(tmp_path / "b.safetensors")
-    assert made.config == config
-    assert [name for name, x in made.tensors.items() if x.offset % x.dtype.itemsize] == []
-
-
-def test_a_converted_file_converts_again(script, official, tmp_path):
-    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
-    assert script.main([str(official), str(first)]) == 0
-    assert script.main([str(first), str(second)]) == 0
-    assert first.read_bytes() == second.read_bytes()
-
-
-def test_the_variant_can_be_told_where_the_source_does_not_say(script, official, tmp_path, capsys):
-    target = tmp_path / "a.safetensors"
-    assert script.main([str(official / "transformer"), str(target), "--variant", "mid"]) == 0
-    assert open_checkpoint(target).variant == "mid"
-    assert script.main([str(official), str(tmp_path / "b.safetensors"), "--variant", "mid"]) == 1
-    assert "says that it is distilled, not mid" in capsys.readouterr().err
-
-
-def test_an_existing_target_is_kept_without_force(script, official, tmp_path, capsys):
-    target = tmp_path / "a.safetensors"
-    target.write_bytes(b"mine")
-    assert script.main([str(official), str(target)]) == 1
-    assert "--force" in capsys.readouterr().err
-    assert target.read_bytes() == b"mine"
-    assert script.main([str(official), str(target), "--force"]) == 0
-    assert script.main([str(target), str(target), "--force"]) == 1
-    assert "is itself read" in capsys.readouterr().err
-    assert open_checkpoint(target).variant == "distilled"
-
-
-def test_a_failure_leaves_the_folder_as_it_was(script, official, tmp_path, capsys, monkeypatch):
-    def fail(*args):
-        yield from list(read_tensors(*args))[:5]
-        raise OSError("No space left on device")
-
-    target = tmp_path / "a.safetensors"
-    target.write_bytes(b"mine")
-    monkeypatch.setattr(script, "read_tensors", fail)
-    assert script.main([str(official), str(target), "--force"]) == 1
-    assert "No space left" in capsys.readouterr().err
-    assert [x.read_bytes() for x in tmp_path.iterdir()] == [b"mine"]
-
-
-def test_a_full_disk_is_noticed_before_anything_is_written(script, official, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert script.main([str(official), str(tmp_path / "a.safetensors")]) == 1
-    assert "0.00 GB free" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path):
-    command = [sys.executable, str(SCRIPT), str(tmp_path), str(tmp_path / "a.safetensors")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert run.returncode == 1
-    assert (
-        run.stderr
-        == f"error: {tmp_path} holds no .safetensors file. Give a folder of a Helios repository, such as Helios-Mid.\n"
-    )
-
-
-# Memory: RssAnon of a process of its own, sampled from here every millisecond
-
-SLACK = 8_000_000  # bytes, for allocator, threads and progress bar; less than 1 MB was measured
-READ = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from helios_core.checkpoint import open_checkpoint
-from helios_core.safetensors_file import read_tensors
-checkpoint = open_checkpoint(Path(sys.argv[2]))
-print("ready", flush=True), sys.stdin.readline()
-weights = dict(read_tensors(checkpoint.tensors, lambda name: torch.bfloat16))
-total = sum(int(x.view(torch.uint8).max()) for x in weights.values())  # touches every page
-"""
-CONVERT = """
-import sys
-sys.path.insert(0, sys.argv[1] + "/scripts")
-import convert_checkpoint
-from pathlib import Path
-convert_checkpoint.open_checkpoint(Path(sys.argv[2]))  # the first model on meta makes torch import 80 MB more
-print("ready", flush=True), sys.stdin.readline()
-assert convert_checkpoint.main(sys.argv[2:]) == 0
-"""
-
-
-@pytest.fixture(scope="module")
-def big_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A random fp32 checkpoint of more than 1 GB, written tensor by tensor."""
-    shapes = {name: x.shape for name, x in HeliosTransformer(BIG, device="meta").state_dict().items()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * shape.numel()]}
-    assert end >= 10**9
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    rng = np.random.default_rng(0)
-    file = tmp_path_factory.mktemp("big") / "fp32.safetensors"
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            stream.write(rng.standard_normal(shape.numel(), dtype=np.float32).data)
-    yield file
-    for made in file.parent.iterdir():
-        made.unlink()
-
-
-def anonymous_memory(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next((int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("RssAnon")), 0)
-
-
-def peak_of(code: str, *args: object) -> int:
-    """Anonymous bytes that the code takes at most, over what it has when it says "ready"."""
-    command = [sys.executable, "-c", code, str(ROOT), *map(str, args)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        base = peak = anonymous_memory(process.pid)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        while process.poll() is None:
-            peak = max(peak, anonymous_memory(process.pid))
-            time.sleep(0.001)
-    assert process.returncode == 0
-    return peak - base
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
-def test_reading_and_converting_hold_no_more_than_they_must(big_file):
-    sizes = [x.numel() for x in HeliosTransformer(BIG, device="meta").state_dict().values()]
-    weights, two_tensors = 2 * sum(sizes), 2 * 4 * max(sizes)
-    half = big_file.with_name("bf16.safetensors")
-    peaks = {
-        "fp32 file to bf16 weights": (peak_of(READ, big_file), weights + two_tensors),
-        "conversion": (peak_of(CONVERT, big_file, half), two_tensors),
-        "bf16 file to bf16 weights": (peak_of(READ, half), two_tensors),
-    }
-    print({what: f"{peak / 1e6:.0f} MB, allowed {limit / 1e6:.0f} MB" for what, (peak, limit) in peaks.items()})
-    assert {what: peak for what, (peak, limit) in peaks.items() if peak > limit + SLACK} == {}
-    assert peaks["fp32 file to bf16 weights"][0] > 0.9 * weights  # or the measuring is at fault

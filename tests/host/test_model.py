@@ -1,8 +1,6 @@
 """Helios as the host's MODEL: the same videos as the reference, through everything the host puts around a model."""
 
-import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import comfy.latent_formats
 import comfy.model_management
@@ -12,18 +10,11 @@ import comfy.sd
 import pytest
 import torch
 
-from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, MID
-from comfyui_helios.helios_core.video import VideoStart, VideoState
-from comfyui_helios.host.model.base_model import MEMORY_KEY, HeliosModel
 from comfyui_helios.host.model.loading import DTYPES, load_model
-from comfyui_helios.host.sockets.conditioning import set_history
-from comfyui_helios.host.sockets.decoding import decode_chunks
 from comfyui_helios.host.sockets.latent import video_state
-from comfyui_helios.nodes.history import HeliosHistoryInjection
-from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from support import oracle
-from support.runs import QUICK, conditioning, run_node, sample
+from support.runs import QUICK, conditioning, make_distilled, sample
 from support.videos import CASES, CHUNKS, TOLERANCE, difference, reference_video
 
 
@@ -33,14 +24,8 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def folder(reference, tmp_path_factory):
-    """An official folder with a transformer only."""
-    path = tmp_path_factory.mktemp("models") / "Helios-Distilled"
-    reference.save_pretrained(path / "transformer")
-    (path / "model_index.json").write_text(
-        json.dumps({"_class_name": "HeliosPyramidPipeline", "is_distilled": True, "is_cfg_zero_star": False})
-    )
-    return path
+def folder(tmp_path_factory):
+    return make_distilled(tmp_path_factory.mktemp("models") / "Helios-Distilled")
 
 
 @pytest.fixture(scope="module")
@@ -319,161 +304,6 @@ def test_compiled_code_sees_every_chunks_history(model):
     assert difference(sample(clone, QUICK, chunks=3)["samples"], sample(model, QUICK, chunks=3)["samples"]) < 1e-5
 
 
-@pytest.mark.parametrize("frames", [1, 33, 34, 264])
-def test_frames_are_rounded_up_to_chunks(frames):
-    prompts = map(conditioning, oracle.prompts())
-    result = run_node(HeliosHistoryInjection, *prompts, width=640, height=384, frames=frames, batch_size=2).result
-    latent = result[2]
-    assert latent["samples"].shape == (2, 16, 9 * -(-frames // 33), 48, 80)
-    assert video_state(latent) == VideoState(frames)
-
-
-def test_state_of_changed_samples_is_ignored():
-    latent = {"samples": torch.zeros(1, 16, 9, 8, 8), "helios": VideoState(40)}
-    assert video_state(latent) is None
-    latent = {"samples": torch.zeros(1, 16, 18, 8, 8), "helios": VideoState(40)}
-    assert video_state(latent).frames == 40
-    upscaled = {"samples": torch.zeros(1, 16, 9, 16, 16), "helios": VideoState(33, memory=Memory.empty(1, 8, 8))}
-    assert video_state(upscaled) is None
-
-
-class FakeVAE:
-    """Decodes a chunk to frames that tell which latents they came from."""
-
-    def decode(self, latents):
-        assert latents.shape[2] == 9
-        value = latents.mean() + torch.arange(33) / 100
-        return value.view(1, 33, 1, 1, 1).expand(1, 33, 8, 8, 3)
-
-
-@pytest.mark.parametrize(("trim", "frames"), [(False, 66), (True, 40)])
-def test_decoding_keeps_chunks_apart_and_trims_exactly(trim, frames):
-    samples = torch.arange(4.0).view(2, 1, 2, 1, 1, 1).expand(2, 16, 2, 9, 1, 1).reshape(2, 16, 18, 1, 1)
-    images = decode_chunks({"samples": samples, "helios": VideoState(40)}, FakeVAE(), trim)
-    assert images.shape == (2 * frames, 8, 8, 3)
-    expected = torch.cat([torch.arange(33) / 100, 1 + torch.arange(33) / 100])[:frames]
-    torch.testing.assert_close(images[:frames, 0, 0, 0], expected)
-    torch.testing.assert_close(images[frames:, 0, 0, 0], expected + 2)
-
-
-def two_chunks():
-    """Latents of one item whose chunks decode to 0.00 ... 0.32 and 1.00 ... 1.32."""
-    return {"samples": torch.arange(2.0).view(1, 1, 2, 1, 1, 1).expand(1, 16, 2, 9, 1, 1).reshape(1, 16, 18, 1, 1)}
-
-
-@pytest.mark.parametrize("drop", [0, 1, 32, 33, 40, 65])
-def test_dropping_the_first_frames(drop):
-    expected = torch.cat([torch.arange(33) / 100, 1 + torch.arange(33) / 100])[drop:]
-    torch.testing.assert_close(decode_chunks(two_chunks(), FakeVAE(), drop_first=drop)[:, 0, 0, 0], expected)
-
-
-def test_crossfade_comes_out_of_the_last_frame_before_the_seam():
-    plain = decode_chunks(two_chunks(), FakeVAE())[:, 0, 0, 0]
-    faded = decode_chunks(two_chunks(), FakeVAE(), crossfade=3)[:, 0, 0, 0]
-    mixed = [plain[32] + (plain[33 + i] - plain[32]) * (i + 1) / 4 for i in range(3)]
-    torch.testing.assert_close(faded, torch.cat([plain[:33], torch.stack(mixed), plain[36:]]))
-
-
-def test_dropping_everything_is_refused():
-    with pytest.raises(ValueError, match="drop_first is 66, but the video has 66 frames"):
-        decode_chunks(two_chunks(), FakeVAE(), drop_first=66)
-
-
-# What cannot be sampled is refused before the host is asked to load anything.
-
-
-@pytest.fixture
-def nothing_loads(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("models were loaded")
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", fail)
-
-
-@pytest.mark.usefixtures("nothing_loads")
-@pytest.mark.parametrize(
-    ("schedule", "size", "nearest"), [(QUICK, (80, 64), "64x64"), (MID, (128, 80), "64x128"), (BASE, (72, 64), "64x64")]
-)
-def test_refuses_a_size_the_variant_cannot_make(model, schedule, size, nearest):
-    with pytest.raises(ValueError, match=f"nearest that works is {nearest}"):
-        sample(model, schedule, size)
-
-
-@pytest.mark.usefixtures("nothing_loads")
-def test_refuses_a_history_of_another_size(model):
-    seed = VideoStart(source=Memory.empty(1, 16, 16))
-    latent = {"samples": torch.zeros(1, 16, 9, 8, 8)}
-    prompts = [set_history(conditioning(p), seed) for p in oracle.prompts()]
-    with pytest.raises(ValueError, match="history is 128x128.*video is 64x64"):
-        run_node(HeliosChunkedSampler, model, *prompts, latent, QUICK, 0)
-
-
-@pytest.mark.usefixtures("nothing_loads")
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        ((1, 4, 64, 64), r"\(1, 4, 64, 64\).*Helios History Injection"),
-        ((1, 16, 10, 8, 8), "multiple of 9"),
-        ((1, 16, 0, 8, 8), "multiple of 9"),
-    ],
-)
-def test_refuses_a_latent_of_another_kind(model, samples, message):
-    with pytest.raises(ValueError, match=message):
-        run_node(
-            HeliosChunkedSampler,
-            model,
-            *map(conditioning, oracle.prompts()),
-            {"samples": torch.zeros(samples)},
-            QUICK,
-            0,
-        )
-
-
-@pytest.mark.usefixtures("nothing_loads")
-@pytest.mark.parametrize("key", ["area", "mask", "control"])
-def test_refuses_conditioning_it_would_ignore(model, key):
-    with pytest.raises(ValueError, match="does not support"):
-        sample(model, QUICK, positive=conditioning(oracle.prompts()[0], **{key: object()}))
-
-
-@pytest.mark.usefixtures("nothing_loads")
-def test_refuses_another_text_encoder(model):
-    with pytest.raises(ValueError, match="77.*the model expects 32|768 wide, the model expects 32"):
-        sample(model, QUICK, positive=conditioning(torch.zeros(1, 77, 768)))
-
-
-@pytest.mark.usefixtures("nothing_loads")
-def test_refuses_a_replaced_model_sampling(model):
-    clone = model.clone()
-    clone.add_object_patch("model_sampling", torch.nn.Module())
-    with pytest.raises(ValueError, match="ModelSamplingSD3"):
-        sample(clone, QUICK)
-
-
-@pytest.mark.usefixtures("nothing_loads")
-def test_refuses_another_model(model):
-    other = SimpleNamespace(model=torch.nn.Module())
-    with pytest.raises(ValueError, match="needs a Helios model"):
-        sample(other, QUICK)
-
-
-def test_ksampler_is_told_what_to_use_instead(model):
-    import comfy.sample
-
-    with pytest.raises(ValueError, match="Helios Chunked Sampler"):
-        comfy.sample.sample(
-            model,
-            torch.randn(1, 16, 9, 8, 8),
-            1,
-            1.0,
-            "euler",
-            "simple",
-            conditioning(oracle.prompts()[0]),
-            conditioning(oracle.prompts()[1]),
-            torch.zeros(1, 16, 9, 8, 8),
-        )
-
-
 @pytest.mark.parametrize("wrong", [BASE, MID])
 def test_warns_of_a_schedule_the_checkpoint_contradicts(model, caplog, wrong):
     sample(model, replace(wrong, steps=(1,) * len(wrong.steps)))
@@ -481,32 +311,3 @@ def test_warns_of_a_schedule_the_checkpoint_contradicts(model, caplog, wrong):
     caplog.clear()
     sample(model, QUICK)
     assert "Wrong schedule" not in caplog.text
-
-
-def test_memory_estimate_counts_every_token(model):
-    """Noisy 540 / 2160 / 8640 tokens at 384 x 640, history 2400 in every stage, and longer histories if asked for."""
-    network = model.model.diffusion_model
-    token = HeliosModel.memory_required(model.model, [1, 16, 1, 2, 2])
-    assert token >= network.config.inner_dim * 4 * 5
-
-    def tokens(scale, layout):
-        shapes = model.model.extra_conds_shapes(**{MEMORY_KEY: Memory.empty(1, 48, 80, layout)})
-        noisy = [1, 16, 9, 48 // scale, 80 // scale]
-        return HeliosModel.memory_required(model.model, noisy, {k: [v] for k, v in shapes.items()}) / token
-
-    assert [tokens(scale, HistoryLayout()) for scale in (4, 2, 1)] == pytest.approx([2940, 4560, 11040])
-    assert tokens(1, HistoryLayout((64, 64, 64))) == pytest.approx(8640 + 16 * 60 + 32 * 240 + 65 * 960)
-
-
-def test_the_host_is_told_of_the_history_before_it_loads(model, monkeypatch):
-    asked = []
-    right = HeliosModel.memory_required
-
-    def memory_required(self, input_shape, cond_shapes=None):
-        asked.append({name: len(shapes) for name, shapes in (cond_shapes or {}).items()})
-        return right(self, input_shape, cond_shapes)
-
-    monkeypatch.setattr(HeliosModel, "memory_required", memory_required)
-    sample(model, QUICK)
-    _, first, *_ = asked  # before it comes our own question, whether a chunk has room at all
-    assert set(first) >= {"history_long", "history_mid", "history_short"}

@@ -1,5 +1,6 @@
 """Runs of the pack's nodes outside of a server."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,15 @@ from support import oracle
 from support.videos import SEED
 
 QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
+
+
+def make_distilled(folder):
+    """Write an official folder of Helios-Distilled with the oracle's transformer only; returns the folder."""
+    oracle.transformer(0).save_pretrained(folder / "transformer")
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "HeliosPyramidPipeline", "is_distilled": True, "is_cfg_zero_star": False})
+    )
+    return folder
 
 
 def conditioning(embedding, **values):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.stream import HeliosStreamVideo
 from support import oracle
-from support.runs import QUICK
+from support.runs import QUICK, make_distilled
 from support.tiny import make_vae
 
 WIDTH, HEIGHT = 128, 64
@@ -59,10 +58,7 @@ class Parts:
 
 
 def make_parts(folder: Path) -> Parts:
-    oracle.transformer(0).save_pretrained(folder / "transformer")
-    (folder / "model_index.json").write_text(
-        json.dumps({"_class_name": "HeliosPyramidPipeline", "is_distilled": True, "is_cfg_zero_star": False})
-    )
+    make_distilled(folder)
     make_vae(7).save_pretrained(folder / "vae")
     return Parts(load_model(str(folder), "fp32"), load_vae(folder))
 
