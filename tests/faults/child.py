@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import sys
 import traceback
 from itertools import count
@@ -30,7 +31,9 @@ def main() -> None:
         print(json.dumps(what), file=report, flush=True)
 
     import conftest  # noqa: F401  # loads the pack
-    import host.conftest  # noqa: F401  # puts the host on sys.path
+
+    # Puts ComfyUI on sys.path. By path: where this starts in the checkout, `host` is the pack's own.
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "host" / "conftest.py"))
     from faults import cases, planted, world
 
     world.set_up(options.good)
