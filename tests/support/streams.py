@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,29 @@ def beginning(frames: int, **inputs: Any) -> tuple[Any, Any, Any]:
 def stream_video(parts: Parts, start: tuple, schedule: Any = QUICK, seed: int = 3, **settings: Any) -> tuple[list, Any]:
     """(videos, tail LATENT) of Helios Stream Video."""
     return run_node(HeliosStreamVideo, parts.model, *start, schedule, parts.vae, seed=seed, **{**SETTINGS, **settings})
+
+
+class WatchedVAE:
+    """The host's VAE, with something that happens at each decoding."""
+
+    def __init__(self, vae: Any, action: Callable[[int], None]) -> None:
+        self.vae, self.action, self.seen = vae, action, []  # a copy of it shares the list
+        self.patcher, self.vae_dtype, self.memory_used_decode = vae.patcher, vae.vae_dtype, vae.memory_used_decode
+
+    @property
+    def calls(self) -> int:
+        return len(self.seen)
+
+    def decode(self, samples: Any) -> Any:
+        self.seen.append(samples)
+        self.action(self.calls)
+        return self.vae.decode(samples)
+
+
+def watched(parts: Parts, action: Callable[[int], None]) -> tuple[Parts, WatchedVAE]:
+    """The same parts, with a VAE that calls action with the number of each decoding."""
+    vae = WatchedVAE(parts.vae, action)
+    return Parts(parts.model, vae), vae
 
 
 def cleaned_up() -> None:
