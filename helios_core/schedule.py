@@ -315,11 +315,13 @@ def _timestep_range(schedule: Schedule, index: int) -> tuple[float, float]:
         distances.append(start - end)
     total = sum(distances)
     first = sum(distances[:index]) / total
-    last = sum(distances[: index + 1]) / total if index + 1 < count else 0.9999999999999999
+    last = sum(distances[: index + 1]) / total
 
-    # No boundary for a last bit to cross: of 1000 the published ranges take 256.07 and 614.84.
+    # No boundary for a last bit to cross: of 1000 the published ranges take 256.07 and 614.84. The caps that diffusers
+    # (0.42.1) has here, 999 on the timestep and just below 1 on the last share, never bind: the grid begins at 999.0,
+    # and the last index is held inside of it.
     timesteps = _global_sigmas() * TRAIN_STEPS
-    high = min(float(timesteps[int(first * TRAIN_STEPS)]), 999.0)
+    high = float(timesteps[int(first * TRAIN_STEPS)])
     low = float(timesteps[min(int(last * TRAIN_STEPS), TRAIN_STEPS - 1)])
     inner = np.linspace(high, low, TRAIN_STEPS + 1)[:-1]
     return float(inner.min()), float(inner.max())
