@@ -15,19 +15,15 @@ NOISE_SIGMAS: SigmaRange = (0.111, 0.135)  # the reference's, for images and vid
 
 
 @dataclass(frozen=True)
-class ImageHistory:
-    """Image-to-video: the video begins as if the image had stood still for a chunk. Clean, normalised latents."""
+class EncodedPast:
+    """Frames that a video goes on from, encoded: clean, normalised latents.
 
-    anchor: Tensor  # (B, 16, 1, H, W), the image
-    last: Tensor  # (B, 16, 1, H, W), the last latent of the image repeated for a chunk
+    Of a video they are its last whole chunks, encoded one by one; of an image, as if it had stood still for a chunk,
+    the last latent of that chunk.
+    """
 
-
-@dataclass(frozen=True)
-class VideoHistory:
-    """Video-to-video: the video goes on from another one. Clean, normalised latents."""
-
-    anchor: Tensor  # (B, 16, 1, H, W), its first frame
-    latents: Tensor  # (B, 16, 9k, H, W), its last whole chunks, encoded one by one
+    anchor: Tensor  # (B, 16, 1, H, W), the first frame
+    latents: Tensor  # (B, 16, 9k or 1, H, W)
     skipped: int = 0  # whole chunks before these, which no history reaches and nobody encoded
 
 
@@ -38,7 +34,7 @@ class VideoStart:
     Images and videos get noise, drawn where sampling starts: the network was trained on histories of its own making.
     """
 
-    source: ImageHistory | VideoHistory | Memory | None = None
+    source: EncodedPast | Memory | None = None  # a Memory is that of a video made here, which goes on
     layout: HistoryLayout = field(default_factory=HistoryLayout)
     skip_first_chunk: bool = False
     add_noise: bool = True
@@ -59,8 +55,7 @@ class VideoStart:
         """
         if self.source is None:
             return Memory.empty(batch, height, width, self.layout)
-        shown = self.source.latents if isinstance(self.source, Memory) else self.source.anchor
-        b, _, _, h, w = shown.shape
+        b, _, _, h, w = self.source.latents.shape
         if (h, w) != (height, width) or b not in (1, batch):
             raise ValueError(
                 f"The history is {w * SPATIAL_SCALE}x{h * SPATIAL_SCALE} in a batch of {b}, but the video is "
@@ -68,32 +63,21 @@ class VideoStart:
             )
         if isinstance(self.source, Memory):
             return self.source.with_layout(self.layout).expand(batch)
-        anchor = _expand(self.source.anchor, batch)
-        if isinstance(self.source, ImageHistory):
-            past = _expand(self.source.last, batch)
-            if self.add_noise:
-                anchor = _noised(anchor, self.image_sigmas, 1, rng)
-                past = _noised(past, self.video_sigmas, 1, rng)
-        else:
-            past = _expand(self.source.latents, batch)
-            if self.add_noise:
-                anchor = _noised(anchor, self.image_sigmas, 1, rng)
-                for _ in range(self.source.skipped):  # the reference draws for all of the video
-                    _noised(torch.zeros_like(past[:, :, :CHUNK_LATENTS]), self.video_sigmas, CHUNK_LATENTS, rng)
-                chunks = past.split(CHUNK_LATENTS, dim=2)
-                past = torch.cat([_noised(chunk, self.video_sigmas, chunk.shape[2], rng) for chunk in chunks], dim=2)
+        anchor, past = (x.expand(batch, *x.shape[1:]) for x in (self.source.anchor, self.source.latents))
+        if self.add_noise:
+            anchor = _noised(anchor, self.image_sigmas, rng)
+            for _ in range(self.source.skipped):  # the reference draws for all of the video
+                _noised(torch.zeros_like(past[:, :, :CHUNK_LATENTS]), self.video_sigmas, rng)
+            chunks = past.split(CHUNK_LATENTS, dim=2)
+            past = torch.cat([_noised(chunk, self.video_sigmas, rng) for chunk in chunks], dim=2)
         return Memory(keep_last(past, self.layout.frames), anchor, self.layout)
 
 
-def _expand(latents: Tensor, batch: int) -> Tensor:
-    return latents.expand(batch, -1, -1, -1, -1)
-
-
-def _noised(latents: Tensor, sigmas: SigmaRange, count: int, rng: torch.Generator) -> Tensor:
-    """Mix noise into (B, 16, T, H, W), by one sigma for all frames or one for each (`count`), uniform in the range."""
+def _noised(latents: Tensor, sigmas: SigmaRange, rng: torch.Generator) -> Tensor:
+    """Mix noise into each frame of (B, 16, T, H, W) by a sigma of its own, uniform in the range."""
     low, high = sigmas
-    sigma = torch.rand(count, generator=rng, device=rng.device) * (high - low) + low
-    sigma = sigma.view(1, 1, count, 1, 1).to(latents.device)
+    sigma = torch.rand(latents.shape[2], generator=rng, device=rng.device) * (high - low) + low
+    sigma = sigma.view(1, 1, -1, 1, 1).to(latents.device)
     noise = torch.randn(latents.shape, generator=rng, device=rng.device).to(latents.device)
     return sigma * noise + (1 - sigma) * latents
 

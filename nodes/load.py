@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..helios_core.checkpoint import open_checkpoint
 from ..host.compat import advanced, schema
 from ..host.files.diffusion_model import find_model, list_models
 from ..host.files.official import find_folder, list_folders, read_schedule
 from ..host.files.text_encoder import load_text_encoder
 from ..host.files.vae import load_vae
 from ..host.messages import Notes
-from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, load_model
+from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, make_model
 from ..host.model.offload_patcher import WEIGHTS_IN, Offloading, offloading
 from ..host.stream.graph_key import fingerprint
 from ..host.widget_checks import checked
@@ -51,11 +53,12 @@ def dtype_input() -> io.Combo.Input:
 
 def load(path: str, dtype: DtypeChoice, how: Offloading | None, weights_in: str, notes: Notes) -> Any:
     """The MODEL of a file or folder. Says so on the node where weights_in disk spares no memory."""
+    checkpoint = open_checkpoint(Path(path))
     if weights_in == "disk":
-        warning = IDLE_WEIGHTS_IN if how is None else converted_on_reading(path, dtype)
+        warning = IDLE_WEIGHTS_IN if how is None else converted_on_reading(checkpoint, dtype)
         if warning:
             notes.warn(warning)
-    return load_model(path, dtype, offloading=how)
+    return make_model(checkpoint, dtype, how)
 
 
 class HeliosModelLoader(io.ComfyNode):

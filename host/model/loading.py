@@ -51,16 +51,18 @@ def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def converted_on_reading(path: str, dtype: DtypeChoice) -> str | None:
-    """What to say where most weights cannot be used as they lie on disk, stored in another dtype."""
-    checkpoint = open_checkpoint(Path(path))
-    targets = target_dtypes(checkpoint.config, choose_dtype(dtype, checkpoint))
+def converted_on_reading(checkpoint: Checkpoint, dtype: DtypeChoice) -> str | None:
+    """The loaders' warning for `weights_in` disk where most weights are stored in another dtype than they are used in.
+
+    None where they can be used as they lie on disk.
+    """
+    used = choose_dtype(dtype, checkpoint)
+    targets = target_dtypes(checkpoint.config, used)
     sizes = {name: math.prod(tensor.shape) * targets[name].itemsize for name, tensor in checkpoint.tensors.items()}
     total = sum(sizes.values())
     converted = sum(sizes[name] for name, tensor in checkpoint.tensors.items() if tensor.dtype != targets[name])
     if converted <= MAY_BE_CONVERTED * total:
         return None
-    used = choose_dtype(dtype, checkpoint)
     name = next((name for name, known in DTYPES.items() if known == used), str(used))
     convert = "" if used == torch.float32 else f", or make a file with scripts/convert_checkpoint.py --dtype {name}"
     return (
@@ -72,13 +74,19 @@ def converted_on_reading(path: str, dtype: DtypeChoice) -> str | None:
 def load_model(
     path: str, dtype: DtypeChoice = "auto", offloading: Offloading | None = None, *, disable_dynamic: bool = False
 ) -> Any:
-    """Read a checkpoint (a file or an official folder) into a host ModelPatcher, or into one of ours that offloads.
+    """`make_model` of the checkpoint at a path, a file or an official folder."""
+    return make_model(open_checkpoint(Path(path)), dtype, offloading, disable_dynamic=disable_dynamic)
+
+
+def make_model(
+    checkpoint: Checkpoint, dtype: DtypeChoice, offloading: Offloading | None = None, *, disable_dynamic: bool = False
+) -> Any:
+    """Read an opened checkpoint into a host ModelPatcher, or into one of ours that offloads.
 
     Weights stay memory-mapped where they are stored in the dtype they are used in; otherwise they are converted one
     by one, so loading takes no more than the weights in that dtype.
     """
     management = comfy.model_management
-    checkpoint = open_checkpoint(Path(path))
     weight_dtype = choose_dtype(dtype, checkpoint)
     load_device = management.get_torch_device()
     offload_device = management.unet_offload_device()
@@ -101,5 +109,5 @@ def load_model(
     if offloading is not None:
         patcher.offload(offloading)
     # How newer hosts make a second, independent patcher (torch.compile, multi-GPU).
-    patcher.cached_patcher_init = (load_model, (path, dtype, offloading))
+    patcher.cached_patcher_init = (load_model, (str(checkpoint.path), dtype, offloading))
     return patcher

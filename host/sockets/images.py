@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, FRAME_RATE, LATENT_CHANNELS, SPATIAL_SCALE
-from ...helios_core.video import ImageHistory, VideoHistory
+from ...helios_core.video import EncodedPast
 from ..out_of_memory import check_room
 from ..progress import check_interrupt
 from .latent import is_plain, normalise
@@ -132,7 +132,7 @@ def _frame_rate(rate: Any) -> Fraction:
     return exact
 
 
-def encode_image(vae: Any, images: Tensor) -> ImageHistory:
+def encode_image(vae: Any, images: Tensor) -> EncodedPast:
     """Prepared images (B, H, W, 3), each encoded alone -> what an image-to-video begins from, in a batch of B.
 
     Raises ValueError if the VAE is not of Wan 2.1's shape.
@@ -142,7 +142,7 @@ def encode_image(vae: Any, images: Tensor) -> ImageHistory:
     for image in images.split(1):  # the VAE would take a batch for the frames of one video
         anchors.append(_encode(vae, image, bar))
         lasts.append(_encode(vae, image.expand(CHUNK_FRAMES, -1, -1, -1), bar)[:, :, -1:])
-    return ImageHistory(torch.cat(anchors), torch.cat(lasts))
+    return EncodedPast(torch.cat(anchors), torch.cat(lasts))
 
 
 def needed_frames(frames: Tensor, latents: int) -> tuple[Tensor, Tensor, int]:
@@ -162,7 +162,7 @@ def needed_frames(frames: Tensor, latents: int) -> tuple[Tensor, Tensor, int]:
     return frames[:1], frames[count - kept * CHUNK_FRAMES :], chunks - kept
 
 
-def encode_video(vae: Any, first: Tensor, last: Tensor, skipped: int = 0) -> VideoHistory:
+def encode_video(vae: Any, first: Tensor, last: Tensor, skipped: int = 0) -> EncodedPast:
     """Prepared parts of a video, as `needed_frames` names them -> what a video-to-video begins from.
 
     Raises ValueError if the VAE is not of Wan 2.1's shape.
@@ -170,7 +170,7 @@ def encode_video(vae: Any, first: Tensor, last: Tensor, skipped: int = 0) -> Vid
     chunks = last.split(CHUNK_FRAMES)
     bar = comfy.utils.ProgressBar(1 + len(chunks))
     anchor = _encode(vae, first, bar)
-    return VideoHistory(anchor, torch.cat([_encode(vae, chunk, bar) for chunk in chunks], dim=2), skipped)
+    return EncodedPast(anchor, torch.cat([_encode(vae, chunk, bar) for chunk in chunks], dim=2), skipped)
 
 
 def _encode(vae: Any, frames: Tensor, bar: comfy.utils.ProgressBar) -> Tensor:

@@ -10,7 +10,7 @@ from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.generate import Run, denoise_chunk, generate
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
-from comfyui_helios.helios_core.video import ImageHistory, PromptTrack, VideoHistory, VideoStart
+from comfyui_helios.helios_core.video import EncodedPast, PromptTrack, VideoStart
 from support import oracle
 from support.videos import TOLERANCE, Case, below, difference, guided, our_transformer, reference_video
 
@@ -51,7 +51,7 @@ def run(model, schedule, seed, chunks, batch=1):
 def test_image_to_video_equals_the_reference(models, case, skip):
     reference, ours = models
     image, last = latents(1, 1), latents(2, 1)
-    seed = VideoStart(ImageHistory(image, last), skip_first_chunk=skip)
+    seed = VideoStart(EncodedPast(image, last), skip_first_chunk=skip)
     video, _, _ = run(ours, case.schedule, seed, 3)
     expected = reference_video(
         case, reference, *oracle.prompts(), image_latents=image, fake_image_latents=last, is_skip_first_chunk=skip
@@ -64,7 +64,7 @@ def test_image_to_video_equals_the_reference(models, case, skip):
 def test_video_to_video_equals_the_reference(models, case, frames):
     reference, ours = models
     first, past = latents(1, 1), latents(2, frames)
-    video, _, _ = run(ours, case.schedule, VideoStart(VideoHistory(first, past)), 2)
+    video, _, _ = run(ours, case.schedule, VideoStart(EncodedPast(first, past)), 2)
     expected = reference_video(
         case,
         reference,
@@ -81,7 +81,7 @@ def test_video_to_video_equals_the_reference(models, case, frames):
 def test_without_noise_and_with_other_sigmas(models, kind):
     reference, ours = models
     first, past = latents(1, 1), latents(2, 1 if kind == "image" else 9)
-    source = ImageHistory(first, past) if kind == "image" else VideoHistory(first, past)
+    source = EncodedPast(first, past)
     given = {"fake_image_latents": past} if kind == "image" else {"video_latents": past}
     case = CASES["distilled"]
 
@@ -112,8 +112,8 @@ def test_a_batch_is_what_its_items_are_alone(models, kind):
         pick = slice(item, item + 1) if item is not None else slice(None)
         return {
             "text": None,
-            "image": ImageHistory(first[pick], past[pick]),
-            "video": VideoHistory(first[pick], past[pick]),
+            "image": EncodedPast(first[pick], past[pick]),
+            "video": EncodedPast(first[pick], past[pick]),
             "previous": Memory(memory.latents[pick], memory.anchor[pick]),
         }[kind]
 
@@ -153,10 +153,10 @@ def test_going_on_equals_one_run(models, name, anti_drift):
 
 
 def test_a_history_of_another_size_is_refused():
-    for source in (ImageHistory(latents(1, 1), latents(2, 1)), Memory(latents(1, 19), latents(2, 1))):
+    for source in (EncodedPast(latents(1, 1), latents(2, 1)), Memory(latents(1, 19), latents(2, 1))):
         with pytest.raises(ValueError, match="history is 128x64 in a batch of 1, but the video is 64x64"):
             VideoStart(source).memory(1, 8, 8, torch.Generator())
-    two = ImageHistory(latents(1, 1, batch=2), latents(2, 1, batch=2))
+    two = EncodedPast(latents(1, 1, batch=2), latents(2, 1, batch=2))
     with pytest.raises(ValueError, match="batch of 2, but the video is 128x64 in a batch of 3"):
         VideoStart(two).memory(3, 8, 16, torch.Generator())
     with pytest.raises(ValueError, match="min <= max"):

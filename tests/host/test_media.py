@@ -262,7 +262,7 @@ def test_images_are_encoded_as_in_the_reference(vae, reference):
     anchor, last = reference(images=images)
     history = encode_image(vae, images)
     same(history.anchor, anchor)
-    same(history.last, last)
+    same(history.latents, last)
     assert (anchor - last).abs().max() > 1e-2  # or it would not show if one were taken for the other
 
 
@@ -282,7 +282,7 @@ def test_images_of_a_batch_do_not_see_each_other(vae):
     images = noise(2, HEIGHT, WIDTH, 3)
     both, second = encode_image(vae, images), encode_image(vae, images[1:])
     assert torch.equal(both.anchor[1:], second.anchor)
-    assert torch.equal(both.last[1:], second.last)
+    assert torch.equal(both.latents[1:], second.latents)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import comfy.sd
 import pytest
 import torch
 
+from comfyui_helios.helios_core.checkpoint import open_checkpoint
 from comfyui_helios.helios_core.schedule import DISTILLED
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.files.vae import load_vae
@@ -260,8 +261,9 @@ def test_switching_on_and_off_between_runs(official):
 
 
 def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch):
-    assert converted_on_reading(str(folder), "fp32") is None
-    warning = converted_on_reading(str(folder), "bf16")
+    checkpoint = open_checkpoint(folder)
+    assert converted_on_reading(checkpoint, "fp32") is None
+    warning = converted_on_reading(checkpoint, "bf16")
     assert "scripts/convert_checkpoint.py" in warning
     from comfyui_helios.nodes import load as loaders
 

@@ -25,7 +25,7 @@ from helios_core.pyramid import block_factor
 from helios_core.rope import rope_table
 from helios_core.schedule import BASE, DISTILLED, GAMMA_MAX, MID, stages
 from helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
-from helios_core.video import ImageHistory, VideoHistory, VideoStart
+from helios_core.video import EncodedPast, VideoStart
 from support.tiny import make_loud
 
 FILE = Path(__file__).parents[1] / "data" / "numbers.safetensors"
@@ -147,7 +147,7 @@ def run_numbers(variant: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
     text = chunk(VideoStart(), rng)
     chunks = {"text": text, "continued": chunk(VideoStart(text.memory, first_index=1), rng)}
     image, still, video = (values[name] for name in ("image", "still", "video"))
-    for kind, source in (("image", ImageHistory(image, still)), ("video", VideoHistory(image, video))):
+    for kind, source in (("image", EncodedPast(image, still)), ("video", EncodedPast(image, video))):
         chunks[kind] = chunk(VideoStart(source), torch.Generator().manual_seed(SEED))
     numbers = {f"run.{variant}.{kind}": made.latents.contiguous() for kind, made in chunks.items()}
     return numbers | {f"asked.{variant}": torch.tensor(asked, dtype=torch.float64)}
