@@ -62,6 +62,7 @@ def rows(case: str, file: Path, tiny: bool) -> Iterator[Row]:
             model.to(device())
         text = random(1, TEXT_LENGTH, model.config.text_dim)
 
+        # Not `bind_transformer`: it prepares prompts outside of the blocks' forwards, where their weights are absent.
         def bind(index: int, history: History) -> PredictFlow:
             past = history.to(torch.bfloat16)
 

@@ -51,8 +51,9 @@ def load(path: Path) -> ModuleType:
 load(ROOT / "tests" / "conftest.py")  # makes the checkout importable as the package `comfyui_helios`
 
 from comfyui_helios.helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, TransformerConfig  # noqa: E402
-from comfyui_helios.helios_core.generate import BindChunk, PredictFlow, Run, generate  # noqa: E402
-from comfyui_helios.helios_core.history import History, Memory  # noqa: E402
+from comfyui_helios.helios_core.generate import BindChunk, Run, generate  # noqa: E402
+from comfyui_helios.helios_core.history import Memory  # noqa: E402
+from comfyui_helios.helios_core.predict import bind_transformer  # noqa: E402
 from comfyui_helios.helios_core.schedule import DISTILLED, Schedule  # noqa: E402
 from comfyui_helios.helios_core.transformer import HeliosTransformer  # noqa: E402
 from support import oracle  # noqa: E402
@@ -103,17 +104,6 @@ def networks(config: dict[str, Any]) -> tuple[Any, HeliosTransformer]:
 
 def prompt(config: dict[str, Any]) -> Tensor:
     return torch.randn(1, TEXT_LENGTH, config["text_dim"], generator=torch.Generator().manual_seed(1))
-
-
-def bind_with(network: HeliosTransformer, text: Tensor) -> BindChunk:
-    """As a run does it: the prompt prepared once, the history once a chunk."""
-    prepared = network.prepare_text(text)
-
-    def bind(index: int, history: History) -> PredictFlow:
-        past = network.prepare_history(history)
-        return lambda latents, timestep, sigma: network(latents, torch.full((1,), timestep), prepared, past)
-
-    return bind
 
 
 def our_chunks(bind: BindChunk, size: tuple[int, int], steps: tuple[int, ...], chunks: int = 1) -> Iterator[Tensor]:
@@ -177,7 +167,7 @@ def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterato
         name: str, steps: tuple[int, int, int], reference: Any = reference, ours: HeliosTransformer = ours
     ) -> tuple[float, float]:
         pipe, text = their_pipeline(reference), prompt(CONFIG)
-        bind = bind_with(ours, text)
+        bind = bind_transformer(ours, DISTILLED, text)
 
         def mine() -> Tensor:
             return next(our_chunks(bind, LATENTS, steps))
@@ -222,7 +212,7 @@ def through_nodes(compare: Compare) -> Iterator[Row]:
             return run(HeliosChunkedSampler, model, *inputs, schedule(1, 1, 1), 0)[0]["samples"]
 
         def core() -> Tensor:
-            return next(our_chunks(bind_with(ours, text), LATENTS, (1, 1, 1)))
+            return next(our_chunks(bind_transformer(ours, DISTILLED, text), LATENTS, (1, 1, 1)))
 
         same("node_overhead", comfy.latent_formats.Wan21().process_in(nodes()), core())
         yield Row.compare("node_overhead", *compare(nodes, core), "s", "peer: the core's own path; 12 layers")
@@ -264,14 +254,14 @@ def growth(quiet: bool) -> tuple[Row, list[dict[str, float]]]:
 
     def mine() -> None:
         times[:] = [time.perf_counter()]
-        for _ in our_chunks(bind_with(ours, text), SMALL, (2, 2, 2), max(CHUNKS)):
+        for _ in our_chunks(bind_transformer(ours, DISTILLED, text), SMALL, (2, 2, 2), max(CHUNKS)):
             stamp()
 
     def theirs() -> None:
         times[:] = [time.perf_counter()]
         their_chunks(their_pipeline(reference, stamp), text, SMALL, (2, 2, 2), max(CHUNKS))
 
-    next(our_chunks(bind_with(ours, text), SMALL, (1, 1, 1)))
+    next(our_chunks(bind_transformer(ours, DISTILLED, text), SMALL, (1, 1, 1)))
     seconds(mine, quiet)
     our_times = times.copy()
     seconds(theirs, quiet)

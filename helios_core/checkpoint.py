@@ -192,7 +192,10 @@ def _config(
 
 
 def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> TransformerConfig:
-    """Where a tensor is missing the published size stands in, so that `_check` gets to list what is missing."""
+    """The configuration that the shapes of the tensors show.
+
+    For a missing tensor the published size stands in, so that `_check` gets to list what is missing.
+    """
     usual = TransformerConfig()
 
     def size(name: str, axis: int, default: int) -> int:

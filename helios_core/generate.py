@@ -17,7 +17,7 @@ from .solver import Point, dmd_step, euler_step, to_x0, unipc_step
 
 @dataclass(frozen=True)
 class Step:
-    """One step that was taken."""
+    """One step of a solver, as `on_step` is given it: for progress bars and previews."""
 
     latents: Tensor  # (B, 16, 9, h, w) that the network was given
     flow: Tensor
@@ -60,16 +60,16 @@ class Run:
 
     @property
     def chunk_shape(self) -> tuple[int, int, int, int, int]:
-        """Of one chunk: (B, 16, 9, H, W)."""
+        """Shape of one chunk's latents: (B, 16, 9, H, W)."""
         b, channels, _, height, width = self.memory.latents.shape
         return b, channels, CHUNK_LATENTS, height, width
 
     def steps(self, chunks: int) -> int:
-        """How many steps the first `chunks` of them take."""
+        """How many steps of a solver the run's first `chunks` chunks take."""
         return sum(self.schedule.steps_in_chunk(self.first_index + i) for i in range(chunks))
 
     def after(self, done: int, memory: Memory) -> Run:
-        """What is left when the first `done` are made and have left this memory."""
+        """The run of the remaining chunks, where the first `done` exist already and `memory` ends with them."""
         return replace(self, memory=memory, chunks=self.chunks - done, first_index=self.first_index + done)
 
 

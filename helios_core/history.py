@@ -45,7 +45,7 @@ class HistoryLayout:
 
     @property
     def indices(self) -> FrameIndices:
-        """Counted through from the anchor, which is 0 and shown with the short history, to the noisy chunk."""
+        """Positions in time: the anchor is 0 and heads short; long, mid, the rest of short and noisy follow it."""
         anchor = (0,) if self.keep_first_frame else ()
         long, mid, short = self.split
         mid_start = len(anchor) + long
@@ -108,7 +108,7 @@ class Memory:
         return self._map(lambda x: x.to(device, torch.float32))
 
     def expand(self, batch: int) -> Memory:
-        """One past for every item of a batch."""
+        """The same past for every item of a batch of this size."""
         return self._map(lambda x: x.expand(batch, *x.shape[1:]))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Memory:
@@ -125,7 +125,7 @@ class Memory:
         return replace(self, latents=keep_last(self.latents, layout.frames), layout=layout)
 
     def history(self) -> History:
-        """The window for the next chunk."""
+        """What the network is shown of this memory while it makes the next chunk."""
         long, mid, short = self.latents.split(self.layout.split, dim=2)
         if self.layout.keep_first_frame:
             anchor = torch.zeros_like(short[:, :, :1]) if self.anchor is None else self.anchor

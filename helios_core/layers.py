@@ -86,11 +86,11 @@ class Modulation:
         return [Modulation(history[i], noisy[i], self.history_tokens) for i in range(rows)]
 
     def without_history(self) -> Modulation:
-        """The same for a sequence without the history."""
+        """The same modulation for a sequence of the noisy tokens alone."""
         return replace(self, history_tokens=0)
 
     def apply_(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(part, row), which works in place, on the history tokens and on the noisy tokens of x (B, S, D)."""
+        """Let function(part, row) overwrite the history tokens and then the noisy tokens of x (B, S, D); returns x."""
         function(x[:, : self.history_tokens], self.history)
         function(x[:, self.history_tokens :], self.noisy)
         return x
@@ -137,7 +137,7 @@ class TextProjection(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Time and text, as the blocks want them."""
+    """Embeds timestep and prompt for the blocks."""
 
     def __init__(self, config: TransformerConfig, build: Builder):
         super().__init__()
@@ -195,7 +195,7 @@ class SelfOrCrossAttention(nn.Module):
         return query if rope is None else apply_rope_(query, rope)
 
     def keys_values(self, x: Tensor, rope: Tensor | None = None, history_tokens: int = 0) -> KeysValues:
-        """Of x (B, L, D), each (B, L, heads, head_dim)."""
+        """Keys and values of x (B, L, D), each (B, L, heads, head_dim). Keys of the history may be amplified."""
         key = self.split_heads(self.norm_k(self.to_k(x)))
         if rope is not None:
             key = apply_rope_(key, rope)

@@ -30,7 +30,7 @@ class Weight:
 
     @property
     def plain(self) -> bool:
-        """Whether it is bytes in memory. Tensor classes of their own, as quantised weights are, move themselves."""
+        """Whether its values are bytes that a buffer can hold, unlike those of tensor classes for quantised weights."""
         return type(self.own.data) is Tensor
 
     @property
@@ -38,7 +38,7 @@ class Weight:
         return self.own.numel() * self.dtype.itemsize
 
     def renew(self) -> bool:
-        """Whether its owner was given another parameter since; then this is the one."""
+        """Take over the parameter that the owner has now; returns whether it is another one than before."""
         module, name = self.owners[0]
         before, self.own = self.own, module._parameters[name]  # type: ignore[assignment]  # never None
         return self.own is not before
@@ -66,14 +66,14 @@ class HostBuffer:
 
 
 def _forget_cuda_error() -> None:
-    """A refusal stays behind as CUDA's last error, which the next operation would raise: let this one."""
+    """Take back the error of a refused registration: CUDA keeps it, and any next operation would raise it."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda").add_(1)
         torch.cuda.synchronize()
 
 
 class Group:
-    """Layers that travel together."""
+    """Layers whose weights are copied to the device together, into one buffer."""
 
     def __init__(self, name: str, modules: list[nn.Module], weights: list[Weight]):
         self.name, self.modules, self.weights = name, modules, weights
@@ -93,7 +93,7 @@ class Group:
 def plan_groups(
     module: nn.Module, layers: Iterator[tuple[str, list[nn.Module]]], dtype: torch.dtype | None, keep_below: int
 ) -> tuple[list[Group], list[Weight]]:
-    """Make groups of layers; what is in none of them stays on the device."""
+    """Groups of the module's layers, and the weights that are in none: those stay on the device."""
     weights: dict[int, Weight] = {}
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(recurse=False):
@@ -115,7 +115,7 @@ def plan_groups(
 
 
 def block_lists(module: nn.Module, blocks_per_group: int, prefix: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
-    """Consecutive entries of the outermost lists of modules."""
+    """Names and layers of the groups at level `block`: consecutive entries of the outermost lists of modules."""
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             entries = [entry for entry in child if any(True for _ in entry.parameters())]

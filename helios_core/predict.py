@@ -1,4 +1,4 @@
-"""What the chunk loop asks for its flow, where that is the core's own transformer."""
+"""The chunk loop's `bind` for the core's own transformer, as scripts without ComfyUI use it."""
 
 from __future__ import annotations
 

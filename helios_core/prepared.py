@@ -1,7 +1,6 @@
-"""What stays the same from step to step: of a prompt, and of a chunk's history.
+"""A prompt and a chunk's history as `HeliosTransformer` prepares them once, to be given to each step in their place.
 
-Nothing here is looked up: whoever runs the steps prepares once and hands it to each, in place of the raw inputs, and
-drops it when prompt, history or weights change.
+The network keeps none of them. Who runs the steps does, and drops them when prompt, history or weights change.
 """
 
 from __future__ import annotations

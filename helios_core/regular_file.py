@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file in one of its states: writing to it or putting another in its place changes one of these."""
+    """What tells a file from its later self: writing to it, or putting another in its place, changes one of these."""
 
     path: Path
     size: int
@@ -39,7 +39,7 @@ class FileFacts:
 
 
 def facts_of(path: Path) -> FileFacts | None:
-    """None for what is no regular file, or cannot be seen."""
+    """The facts of a file as it is now; None for what is no regular file, or cannot be seen."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: of a name that no file can have

@@ -239,7 +239,7 @@ def _truncated(source: FileFacts, expected: int) -> str:
 
 
 def some(names: Collection[object], total: int | None = None) -> str:
-    """The first names, and how many more there are; of `total`, where `names` are not all."""
+    """Names for a message: the first, and how many more there are of `total`, where `names` is only a part of all."""
     shown = ", ".join(printable(name, limit=160) for name in list(names)[:SHOWN])
     more = (total or len(names)) - SHOWN
     return shown + (f", and {more} more" if more > 0 else "")

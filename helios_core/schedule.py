@@ -1,6 +1,6 @@
-"""Sigmas and timesteps of the three variants. All of it is float64 on the CPU, and pure.
+"""Sigmas and timesteps of the three variants. Pure functions in float64 on the CPU.
 
-And the same on every processor: IEEE rounds each operation here correctly, except for one `exp`.
+Their results are the same on every processor: IEEE rounds each operation here correctly, except for one `exp`.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def stage_tokens(schedule: Schedule, index: int, height: int, width: int) -> int
 
 
 def dynamic_shift_mu(tokens: int, schedule: Schedule) -> float:
-    """Linear in the number of tokens of the stage, and extrapolated beyond both ends."""
+    """The mu of `shift_time` for a stage: linear in the number of its tokens, and extrapolated beyond both ends."""
     (low, high), (mu_low, mu_high) = schedule.shift_tokens, schedule.shift_mu
     slope = (mu_high - mu_low) / (high - low)
     return tokens * slope + (mu_low - slope * low)

@@ -152,6 +152,6 @@ class HeliosTransformer(nn.Module):
         return self._rope_tables[asked]
 
     def _apply(self, *args: Any, **kwargs: Any) -> HeliosTransformer:
-        """Where the weights go to another device, nothing stays behind on the old one."""
+        """Called by `to`, `cuda` and the like: rope tables on the old device are dropped."""
         self._rope_tables.clear()
         return super()._apply(*args, **kwargs)

@@ -123,7 +123,7 @@ class PromptTrack:
 
 @dataclass(frozen=True)
 class VideoState:
-    """Where a video stands: with its latents, all that is needed to go on."""
+    """What a LATENT carries beside its samples, so that a next sampling can go on after them."""
 
     frames: int  # pixel frames asked for, before rounding up to whole chunks
     next_chunk: int = 0

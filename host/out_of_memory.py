@@ -1,4 +1,4 @@
-"""Memory that does not suffice: seen before it is asked for where that can be known, and told in one way where not."""
+"""Too little memory: refused before work starts where the need can be computed, else one sentence in place of many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP and VAE of the host from a Helios repository's folder, which is in diffusers' layout."""
+"""What text_encoder.py and vae.py share: reading and checking one part of a Helios repository in diffusers' layout."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _may_be_helios(config: Path) -> bool:
-    """Not another model's repository."""
+    """Whether this config.json does not name another model; one that cannot be read does not count, and is logged."""
     try:
         return "Helios" in str(read_json(config).get("_class_name", "Helios"))
     except CheckpointError as error:

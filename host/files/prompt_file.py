@@ -1,4 +1,4 @@
-"""Several prompts on one CONDITIONING socket, and prompts from a file in the host's input folder."""
+"""Prompts from a text file in the host's input folder."""
 
 from __future__ import annotations
 

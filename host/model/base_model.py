@@ -48,7 +48,7 @@ class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_s
 
     @contextmanager
     def at(self, timestep: float) -> Iterator[None]:
-        """A step of the loop: the network is told this timestep exactly."""
+        """During one step of the loop: `timestep` answers with exactly this one."""
         self._timestep = timestep
         try:
             yield
@@ -57,7 +57,7 @@ class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_s
 
     @contextmanager
     def denoising(self, sigma: float) -> Iterator[None]:
-        """Functions of the MODEL look in, which expect denoised latents instead of flow."""
+        """While other nodes' functions on the MODEL are called: they are given denoised latents in place of flow."""
         self._sigma = sigma
         try:
             yield
@@ -83,7 +83,7 @@ class HeliosModel(comfy.model_base.BaseModel):
         self.model_sampling = FlowSampling()
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
-        """Before sampling the host sizes memory by these and by the noise; a cond then carries the memory it has."""
+        """Shapes by which the host sizes memory before sampling, beside the noise's; a cond then carries a Memory."""
         memory: Memory | None = kwargs.get(MEMORY_KEY)
         if memory is None:
             return {}

@@ -45,7 +45,7 @@ class Offloading:
 
 
 def offloading(group_offload: str, blocks_per_group: int = 1, weights_in: str = "host") -> Offloading | None:
-    """What the widgets say; None for `off`. Raises ValueError for other values than theirs."""
+    """The offloading that three widgets ask for; None for `off`. Raises ValueError for other values than theirs."""
     if group_offload not in GROUP_OFFLOAD or weights_in not in WEIGHTS_IN or blocks_per_group < 1:
         raise ValueError(
             f"group_offload must be {' or '.join(GROUP_OFFLOAD)}, weights_in {' or '.join(WEIGHTS_IN)} and "

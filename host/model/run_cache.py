@@ -32,7 +32,7 @@ OPTIONS = (
 
 
 class RunCache:
-    """Belongs to one run of the guider and goes with it; weights do not change within.
+    """The prepared prompts and histories of one run of the guider, during which weights do not change.
 
     A batch is known by the host's ids of the conds in it and by what prompt the guider has given each of them, never by
     a tensor or its address: the host puts every batch together anew.
@@ -45,7 +45,7 @@ class RunCache:
         self.histories: dict[Hashable, PreparedHistory] = {}
 
     def start_chunk(self, prompts: Mapping[Hashable, Tensor]) -> None:
-        """Another chunk, another history; prompts are the embeddings of each cond's id."""
+        """Drop the last chunk's history, and prepared prompts if one has changed; prompts: embeddings by cond id."""
         self.histories.clear()
         changed = False
         for cond, prompt in prompts.items():

@@ -121,7 +121,7 @@ def make_rng(start: VideoStart, seed: int, seed_mode: str) -> torch.Generator:
 
 
 def variant_warning(model: Any, schedule: Schedule) -> str | None:
-    """What to say of a schedule that is not that of the model's variant."""
+    """The samplers' warning of a schedule for another variant than the model's; None where it fits or none is known."""
     variant = model.model.variant
     if variant in (None, schedule.variant):
         return None

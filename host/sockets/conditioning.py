@@ -1,4 +1,4 @@
-"""How a video begins, on CONDITIONING sockets."""
+"""What Helios reads and puts on CONDITIONING sockets: checked embeddings, and the start of a video."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def video_state(latent: dict[str, Any]) -> VideoState | None:
 
 
 def _ends_in(samples: Tensor, memory: Memory) -> bool:
-    """Whether a memory is that of samples (B, 16, 9k, H, W): the host's latent nodes keep keys they do not know."""
+    """Whether samples (B, 16, 9k, H, W) end in this memory: nodes that change samples hand the old memory on."""
     frames = min(CHUNK_LATENTS, memory.latents.shape[2])
     shown, kept = samples[:, :, -frames:], memory.latents[:, :, -frames:]
     return shown.shape == kept.shape and torch.allclose(normalise(shown), kept, atol=1e-3)

@@ -34,7 +34,7 @@ def fits_now(guider: HeliosGuider, vae: Any) -> bool:
 
 
 def already_loaded(vae: Any) -> Any:
-    """The VAE for decoding beside the diffusion model: it does not ask for room, which could put that one out."""
+    """A loaded VAE whose decoding asks the host for no room, so that the model at work beside it stays loaded."""
     if "decode" in vars(vae):  # it is offloaded, and asks for little
         return vae
     beside = copy.copy(vae)

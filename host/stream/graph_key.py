@@ -1,9 +1,9 @@
-"""What makes the latents of a graph: one key for everything upstream of a node, the files it names included.
+"""The key by which `resume` finds the chunks of a graph again: of the nodes upstream, their inputs and the named files.
 
-Between the time when a file is loaded and the time when the key is made it may be replaced. What a key says is still
-true of what was loaded: the host notes a fingerprint of each loader's files as the graph starts and loads those that
-have another one than before, `graph_key` refuses files that have changed since then, and the guider a MODEL whose files
-have changed since they were opened.
+A file may be replaced after it was loaded and before the key is made. The key is true of what was loaded all the same:
+the host notes a fingerprint of each loader's files as the graph starts, and loads those anew that have another one than
+before; `graph_key` refuses files that have changed since then; the guider refuses a MODEL whose files have changed
+since they were opened.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class NamedFiles:
                     yield kind, text, facts
 
     def lasting(self, text: str) -> list[Any]:
-        """What is the same after a restart: an inode's number need not be, on some file systems."""
+        """The files' facts for a key, without inodes: on some file systems their numbers change with a restart."""
         return [[kind, name, facts.size, facts.mtime_ns] for kind, name, facts in self.of(text)]
 
     def fingerprint(self, text: Any) -> str:

@@ -1,4 +1,4 @@
-"""Files in folders that others write to as well, and what a full disk says."""
+"""How run folders and videos are written where other programs write too: ordinary files only, a full disk explained."""
 
 from __future__ import annotations
 

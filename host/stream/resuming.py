@@ -1,4 +1,4 @@
-"""A sampling that goes on after the chunks that an earlier one has saved."""
+"""`resume` of Helios Stream Video: a sampling goes on after the chunks that an earlier one has saved."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .saved_chunks import Kind, SavedRun, open_run
 
 @contextmanager
 def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: Notes) -> Iterator[SavedRun | None]:
-    """Let the guider go on after the chunks that are saved for this node's graph; where the next ones are to be saved.
+    """Let the guider go on after the chunks that are saved for this node's graph; yields where to save the next ones.
 
-    None where the graph cannot be known again. Raises ValueError where another process is making the same video.
+    Yields None where the graph cannot be known again. Raises ValueError where another process is making the same video.
     """
     if node_id not in (prompt or {}):
         notes.warn("resume does not work on a node that another node has made: nothing is saved, nothing resumed.")

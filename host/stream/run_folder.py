@@ -1,4 +1,4 @@
-"""The folder of a run that can be resumed: one process at a time has it, it says what it is, and it goes in time."""
+"""The folder that a run with `resume` saves its chunks in: for one process at a time, with a note, deleted when old."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def run_folder(key: str) -> Path:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Have the folder, which is made if need be, to this process alone; the system lets go of it if the process dies.
+    """Lock the folder, which is made if need be, for this process; the system unlocks it if the process dies.
 
-    A folder without a chunk goes at the end. Raises InUse, or ValueError where there can be no such folder.
+    A folder without a chunk is deleted at the end. Raises InUse, or ValueError where there can be no such folder.
     """
     lock = _claim(folder)
     try:
@@ -70,7 +70,7 @@ def has_chunks(folder: Path) -> bool:
 
 
 def tidy(folder: Path, note: str) -> None:
-    """Count a claimed folder as used now, and rid it of what a crash has left there.
+    """Begin with a claimed folder: date it now, delete what a crash has left half written, and put the note there.
 
     Raises ValueError for a folder where a file is to be.
     """
@@ -91,7 +91,7 @@ def count_others(used: Path) -> int:
 
 
 def remove_old(used: Path) -> None:
-    """Delete runs' folders but the KEPT_RUNS that were in use last, `used` among them, and any of the last day.
+    """Delete all runs' folders except the KEPT_RUNS that were used last (`used` is one) and those used within a day.
 
     One graph may have many nodes that save, and a run that was cut off waits for its user.
     """

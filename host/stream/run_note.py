@@ -1,4 +1,4 @@
-"""What a run's folder says of itself to somebody who finds it."""
+"""The note in a run's folder, for somebody who finds it and wonders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST_PROMPT = ("positive", "prompt_1", "text")  # inputs that hold a prompt or 
 
 
 def about(chunk_shape: tuple[int, ...], chunks: int, seed: int, prompt: str | None) -> str:
-    """chunk_shape: (B, 16, 9, H, W) of the run's chunks; prompt: as far as the graph tells."""
+    """The note's text. chunk_shape: (B, 16, 9, H, W) of the run's chunks; prompt: as far as the graph tells."""
     batch, _, _, height, width = chunk_shape
     lines = [
         "Chunks of a video that ComfyUI-Helios is making, saved so that it can go on after a crash or Cancel.",

@@ -51,7 +51,7 @@ class SavedChunk:
 
 @dataclass(frozen=True)
 class Kind:
-    """What all chunks of a run are like."""
+    """What the file of each chunk of a run must hold: it is checked against this before it is believed."""
 
     shape: tuple[int, ...]  # (B, 16, 9, H, W)
     layout: HistoryLayout  # of the memory
@@ -60,7 +60,7 @@ class Kind:
 
     @classmethod
     def after(cls, memory: Memory, watched: bool) -> Kind:
-        """Of a run that begins with this memory."""
+        """The kind of the chunks of a run that begins with this memory."""
         batch, channels, _, height, width = memory.latents.shape
         return cls(
             (batch, channels, CHUNK_LATENTS, height, width),
