@@ -84,7 +84,7 @@ def test_a_lack_of_memory_in_the_network_is_told_by_the_nodes_name(parts):
 def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, little, monkeypatch):
     monkeypatch.setattr(VideoStart, "memory", lambda *args: pytest.fail("allocates"))
     prompts = [conditioning(prompt) for prompt in oracle.prompts()]
-    start = run_node(HeliosHistoryInjection, *prompts, width=2048, height=2048, frames=33, batch_size=64).result
+    start = run_node(HeliosHistoryInjection, *prompts, width=2048, height=2048, frames=33, batch_size=64)
     message = (
         r"2048x2048 in a batch of 64 would take \d+\.\d GiB of memory, and 0\.1 GiB are free\. Make the video smaller"
     )
@@ -94,7 +94,7 @@ def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, 
 
 def test_a_video_longer_than_memory_is_refused_before_it_is_sampled(parts, little):
     prompts = [conditioning(prompt) for prompt in oracle.prompts()]
-    start = run_node(HeliosHistoryInjection, *prompts, width=64, height=64, frames=99_000, batch_size=1).result
+    start = run_node(HeliosHistoryInjection, *prompts, width=64, height=64, frames=99_000, batch_size=1)
     with pytest.raises(ValueError, match="The latents of 3000 chunks would take 0.1 GiB of memory"):
         run_node(HeliosChunkedSampler, parts.model, *start, QUICK, 3)
 
