@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch._dynamo
 
-from support.core_videos import SCHEDULES, largest_error, mean_error, network, video
+from harness.errors import difference, mean_error
+from support.core_videos import SCHEDULES, network, video
 
 TWO_STEPS = replace(SCHEDULES["base"], steps=(2,), guidance_scale=1.0)
 GRAPHS = 2  # an ordinary block's, and the last one's, which leaves the history out
@@ -34,7 +35,7 @@ def compiled(device):
 
 def test_float32_is_that_of_eager_blocks(device, compiled, record_property):
     expected = video(network(device), TWO_STEPS, device)
-    error = largest_error(video(compiled(torch.float32), TWO_STEPS, device), expected)
+    error = difference(video(compiled(torch.float32), TWO_STEPS, device), expected)
     record_property("error", f"{error:.1e}")
     assert error <= 2e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == GRAPHS  # none for the second step or chunk

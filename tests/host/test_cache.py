@@ -26,7 +26,7 @@ from comfyui_helios.host.sampling import guider as guider_module
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sampling.whole_video import collect
 from comfyui_helios.host.sockets.prompt_track import set_track
-from support import oracle
+from harness import oracle
 from support.runs import QUICK
 
 GUIDED = replace(BASE, steps=(3,))

@@ -22,9 +22,9 @@ from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sampling.whole_video import collect
 from comfyui_helios.host.sockets.prompt_track import set_track
 from comfyui_helios.nodes.compile import HeliosCompile
-from support import oracle
+from harness import oracle
+from harness.errors import difference
 from support.runs import run_node
-from support.videos import difference
 
 ONE_STAGE = replace(BASE, steps=(2,), guidance_scale=1.0)
 PYRAMID = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)

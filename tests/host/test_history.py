@@ -16,9 +16,10 @@ from comfyui_helios.host.sockets.prompt_track import TRACK_KEY
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
-from support import oracle
+from harness import oracle
+from harness.errors import difference
 from support.runs import run_node
-from support.videos import SEED, TOLERANCE, Case, below, difference, reference_video
+from support.videos import SEED, TOLERANCE, Case, below, reference_video
 
 SIZE = (64, 128)
 CASES = {

@@ -7,7 +7,7 @@ from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.video import VideoState
 from comfyui_helios.host.sockets.latent import video_state
 from comfyui_helios.nodes.history import HeliosHistoryInjection
-from support import oracle
+from harness import oracle
 from support.runs import conditioning, run_node
 
 

@@ -20,9 +20,10 @@ from comfyui_helios.host.model.offload_patcher import Offloading, OffloadPatcher
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.load import HeliosDiffusersLoader
 from comfyui_helios.nodes.text import HeliosTextEncode
-from support import oracle, streams
+from harness import oracle
+from harness.tiny import make_official_folder
+from support import streams
 from support.runs import QUICK, run_node, sample
-from support.tiny import make_official_folder
 
 SETTINGS = [
     Offloading("block", 1, "host"),

@@ -22,7 +22,7 @@ from comfyui_helios.host.stream import background
 from comfyui_helios.host.stream.mp4 import VideoFile
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from support import oracle
+from harness import oracle
 from support.runs import QUICK, run_node
 from support.streams import (
     HEIGHT,

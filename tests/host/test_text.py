@@ -10,8 +10,8 @@ from comfyui_helios.helios_core.text import clean_prompt
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.text import HeliosTextEncode
+from harness.tiny import make_official_folder
 from support.runs import run_node
-from support.tiny import make_official_folder
 
 PROMPTS = {
     "plain": "A red fox runs through fresh snow while the camera follows it.",

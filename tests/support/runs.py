@@ -9,7 +9,7 @@ import torch
 from comfyui_helios.helios_core.schedule import DISTILLED
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from support import oracle
+from harness import oracle
 from support.videos import SEED
 
 QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)

@@ -16,9 +16,9 @@ from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.stream import HeliosStreamVideo
-from support import oracle
+from harness import oracle
+from harness.tiny import make_vae
 from support.runs import QUICK, make_distilled, run_node
-from support.tiny import make_vae
 
 WIDTH, HEIGHT = 128, 64
 GRAPH = {
