@@ -113,13 +113,18 @@ pictures: setup
 bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py
 
+# Scripts and benchmarks are programs that import what lies beside them, scripts/harness/ and the core.
+TYPES := MYPYPATH=.:..:../scripts:../build/typing $(abspath $(VENV)/bin/mypy) --explicit-package-bases --follow-imports silent \
+    --config-file ../pyproject.toml --cache-dir ../build/mypy-scripts
+
 # nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/comfyui_helios
 	MYPYPATH=build/typing $(BIN)/mypy -p comfyui_helios.helios_core -p comfyui_helios.nodes -p comfyui_helios.host
-	MYPYPATH=.:tests $(BIN)/mypy --explicit-package-bases --follow-imports silent --cache-dir build/mypy-scripts scripts tests/support/{browser,client,host,models,small,workflow}.py
+	cd scripts && $(TYPES) $$(find . -name "*.py")
+	cd benchmarks && $(TYPES) *.py
 
 format: $(ENVIRONMENT)
 	$(BIN)/ruff check --fix .

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import paths  # noqa: F401
 import torch
 from measure import seconds
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helios_core.config import TransformerConfig
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import paths
 import torch
-from measure import ROOT, Compare, Row, in_turns
+from measure import Compare, Row, in_turns
 from parts import MissingError
 from torch import Tensor, nn
 
@@ -46,7 +45,7 @@ def by_diffusers(vae: Any, latents: Tensor) -> Tensor:
 
 def host_vae(dim: int, **size: Any) -> Any:
     """ComfyUI's own Wan VAE with random weights; ImportError where there is no ComfyUI, or not all it needs."""
-    sys.path.insert(0, str(ROOT / os.environ.get("COMFYUI_PATH", "build/comfyui")))
+    paths.add_comfyui()
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()

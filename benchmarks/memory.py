@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import stream_memory
-from measure import Peak, Row, table, write
+from measure import ROOT, Peak, Row, table, write
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "build" / "bench-memory.json"
 MB, GB = 1e6, 1e9
 
@@ -135,7 +134,6 @@ CASES: dict[str, Callable[[Path], Any]] = {
 
 def run_case(name: str, folder: Path) -> dict[str, Any]:
     """In this process: peak host memory, seconds a step and a digest of the result."""
-    sys.path.insert(0, str(ROOT))
     import torch  # noqa: F401
 
     for module in ("helios_core.offload", "helios_core.loading", "diffusers.models", "diffusers.hooks"):

@@ -16,9 +16,7 @@ has 12 layers too: what a node costs is lost in the noise of two.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,29 +24,19 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import decode
+import paths  # noqa: F401
 import torch
-from measure import Compare, Row, in_turns, machine, peak_extra_bytes, seconds, table, write
+from measure import ROOT, Compare, Row, in_turns, machine, peak_extra_bytes, seconds, table, write
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-HOST = ROOT / "tests" / "host" / "conftest.py"  # makes ComfyUI importable
-sys.path.insert(0, str(ROOT / "tests"))
+from harness.errors import difference
+from harness.pack import load_comfyui, load_pack
 
-
-@cache
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bench_{path.parent.name}_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-load(ROOT / "tests" / "conftest.py")  # makes the checkout importable as the package `comfyui_helios`
+load_pack()
 
 from comfyui_helios.helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, TransformerConfig  # noqa: E402
 from comfyui_helios.helios_core.generate import BindChunk, Run, generate  # noqa: E402
@@ -56,7 +44,7 @@ from comfyui_helios.helios_core.history import Memory  # noqa: E402
 from comfyui_helios.helios_core.predict import bind_transformer  # noqa: E402
 from comfyui_helios.helios_core.schedule import DISTILLED, Schedule  # noqa: E402
 from comfyui_helios.helios_core.transformer import HeliosTransformer  # noqa: E402
-from support import oracle  # noqa: E402
+from harness import oracle  # noqa: E402
 
 LATENTS = (24, 40)
 STAGES = ((6, 10), (12, 20), (24, 40))
@@ -66,7 +54,7 @@ DECODED = (8, 16)  # latents of the chunk that the VAE decodes
 SMALL = (8, 8)  # latents of the runs that are about the number of chunks
 
 # The 14B model's proportions, in a fifth of its width; its text encoder is as wide as it is.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "num_attention_heads": 8,
     "attention_head_dim": 128,
     "rope_dim": (44, 42, 42),
@@ -87,6 +75,14 @@ OPEN = (
     "Own Triton kernels against the compiled path: need a GPU",
     "The PSNR of decoding in bf16 on the real VAE's weights: random ones stand in for them here",
 )
+
+
+@cache
+def use_comfyui() -> tempfile.TemporaryDirectory[str]:
+    """Load it into this process, once; its folder goes when the process ends."""
+    base = tempfile.TemporaryDirectory(prefix="helios-bench-")
+    load_comfyui(base.name)
+    return base
 
 
 def schedule(*steps: int) -> Schedule:
@@ -138,7 +134,7 @@ def their_chunks(pipe: Any, text: Tensor, size: tuple[int, int], steps: tuple[in
 
 def same(name: str, ours: Tensor, theirs: Tensor) -> None:
     """A benchmark of something else than the reference's result would be worth nothing."""
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    error = difference(ours, theirs)
     if not error <= 2e-5:
         raise AssertionError(f"{name}: ours differs from diffusers by {error:.1e} of the largest value")
 
@@ -184,13 +180,14 @@ def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterato
     many = times("chunk_222_12_layers", (2, 2, 2), *networks(DEEP_CONFIG))
     yield Row.compare("chunk_222_12_layers", *many, "s")
     further = DEEP_CONFIG["num_layers"] - CONFIG["num_layers"]
-    each = [(deep - shallow) / further for deep, shallow in zip(many, few, strict=True)]
-    yield Row.compare("chunk_222_per_layer", *each, "s", "the difference of the two rows above, per layer")
+    ours_each, theirs_each = ((deep - shallow) / further for deep, shallow in zip(many, few, strict=True))
+    note = "the difference of the two rows above, per layer"
+    yield Row.compare("chunk_222_per_layer", ours_each, theirs_each, "s", note)
 
 
 def through_nodes(compare: Compare) -> Iterator[Row]:
     """A chunk through ComfyUI's nodes, on its own MODEL, against the same chunk from the core."""
-    load(HOST)
+    use_comfyui()
     import comfy.latent_formats
 
     from comfyui_helios.host.model.loading import load_model
@@ -220,7 +217,7 @@ def through_nodes(compare: Compare) -> Iterator[Row]:
 
 def decoding(compare: Compare) -> Iterator[Row]:
     """A chunk by the host's Wan VAE, which the nodes decode with, against diffusers'; then other ways to run it."""
-    load(HOST)
+    use_comfyui()
     from comfyui_helios.host.files.vae import load_vae
 
     theirs = decode.random_vae()

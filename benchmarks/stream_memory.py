@@ -8,22 +8,18 @@ one, so the ratio errs upwards. Every file is decoded to its end. `python benchm
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
 import av
+import paths  # noqa: F401
+from measure import Peak, Row, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from measure import Peak, Row, table  # noqa: E402
-
-from helios_core.config import CHUNK_FRAMES  # noqa: E402
-from support.client import run_workflow  # noqa: E402
-from support.host import Host  # noqa: E402
-from support.models import make_tiny_models  # noqa: E402
-from support.small import small_api  # noqa: E402
+from harness.client import run_workflow
+from harness.host import Host
+from harness.models import make_tiny_models
+from harness.small import small_api
+from helios_core.config import CHUNK_FRAMES
 
 WIDTH, HEIGHT = 448, 256
 SHORT, LONG = 4, 44  # chunks; 44 are a minute

@@ -17,11 +17,10 @@ from typing import Any
 import av
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from support.client import Event, Run, RunError, run_workflow
-from support.host import ROOT, Host, HostError
-from support.models import make_tiny_models
-from support.workflow import to_api
+from harness.client import Event, Run, RunError, run_workflow
+from harness.host import ROOT, Host, HostError
+from harness.models import make_tiny_models
+from harness.workflow import to_api
 
 BUILD = ROOT / "build" / "demo"
 DEFAULT_WORKFLOW = ROOT / "workflows" / "helios_t2v_distilled.json"

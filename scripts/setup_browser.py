@@ -9,10 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from support.browser import NO_BROWSER, find_chromium
+from harness.browser import NO_BROWSER, find_chromium
 
 
 def works(path: str | None) -> bool:

@@ -2,53 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACK = "comfyui_helios"
-
-
-def load_pack() -> None:
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec and spec.loader
-    sys.modules[PACK] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-class OneCore(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers `import helios_core[.x]`, as scripts write it, with `comfyui_helios.helios_core[.x]`.
-
-    A second copy would have classes of its own, and `isinstance` between the two fails.
-    """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] != "helios_core":
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        module = importlib.import_module(f"{PACK}.{spec.name}")
-        self.own_spec = module.__spec__
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.own_spec  # the import system has just put the alias's there
-
+from harness.pack import load_pack
 
 load_pack()
-sys.meta_path.insert(0, OneCore())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.pyramid import block_noise, double
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
-from support import oracle
+from harness import oracle
 from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 
 CHUNKS = 2

@@ -12,8 +12,9 @@ from comfyui_helios.helios_core import generate as loop
 from comfyui_helios.helios_core.loading import load_transformer
 from comfyui_helios.helios_core.predict import bind_transformer
 from comfyui_helios.helios_core.schedule import BASE
-from support import oracle
-from support.videos import CASES, TOLERANCE, difference, our_video, reference_video
+from harness import oracle
+from harness.errors import difference
+from support.videos import CASES, TOLERANCE, our_video, reference_video
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
 

@@ -10,14 +10,14 @@ from comfyui_helios.helios_core import generate as loop
 from comfyui_helios.helios_core import history, schedule
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
-from support import oracle
+from harness import oracle
+from harness.errors import difference
 from support.videos import (
     CASES,
     CHUNKS,
     TOLERANCE,
     Case,
     below,
-    difference,
     guided,
     our_transformer,
     our_video,

@@ -35,7 +35,11 @@ def test_another_processor_computes_the_same(settings):
     """This one, held to what others have."""
     if settings.get("ATEN_CPU_CAPABILITY") == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():
         pytest.skip("this processor has no AVX2")
-    env = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = {
+        **os.environ,
+        **settings,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]),
+    }
     command = [sys.executable, recorded.__file__]
     differences = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     print(recorded.largest(differences))

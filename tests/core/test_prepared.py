@@ -8,7 +8,7 @@ from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.layers import Modulation
 from comfyui_helios.helios_core.rope import apply_rope_, rope_table
 from comfyui_helios.helios_core.transformer import KEPT_ROPE_TABLES, HeliosTransformer
-from support import oracle
+from harness import oracle
 from support.videos import CASES, our_transformer, our_video
 
 CONFIGS = {

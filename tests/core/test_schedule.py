@@ -18,7 +18,7 @@ from comfyui_helios.helios_core.schedule import (
     stage_tokens,
     stages,
 )
-from support import oracle
+from harness import oracle
 
 H, W = 48, 80  # latents of 384 x 640
 

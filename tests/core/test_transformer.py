@@ -8,7 +8,8 @@ import torch
 from comfyui_helios.helios_core.config import CHUNK_LATENTS, TransformerConfig
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
-from support import oracle
+from harness import oracle
+from harness.errors import difference
 
 CASES = {
     "tiny": {},
@@ -39,16 +40,12 @@ def inputs(seed, batch, layout, size, noisy):
     return latents, timestep, oracle.prompts(seed, batch)[0], Memory(past, anchor, layout).history()
 
 
-def relative_error(ours, reference):
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES.keys())
 def test_equals_the_reference(config):
     reference, ours = pair(**config)
     args = inputs(0, 1, HistoryLayout(), (12, 20), (6, 10))
-    assert relative_error(ours(*args), oracle.ask(reference, *args)) <= 1e-5
+    assert difference(ours(*args), oracle.ask(reference, *args)) <= 1e-5
 
 
 @torch.no_grad()
@@ -62,7 +59,7 @@ def test_equals_the_reference(config):
 def test_equals_the_reference_in_batches(seed, anchor, sizes, size, noisy):
     reference, ours = pair(seed)
     args = inputs(seed, 2, HistoryLayout(sizes, keep_first_frame=anchor), size, noisy)
-    assert relative_error(ours(*args), oracle.ask(reference, *args)) <= 1e-5
+    assert difference(ours(*args), oracle.ask(reference, *args)) <= 1e-5
 
 
 @torch.no_grad()

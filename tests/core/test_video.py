@@ -11,8 +11,9 @@ from comfyui_helios.helios_core.generate import Run, denoise_chunk, generate
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.video import EncodedPast, PromptTrack, VideoStart
-from support import oracle
-from support.videos import TOLERANCE, Case, below, difference, guided, our_transformer, reference_video
+from harness import oracle
+from harness.errors import difference
+from support.videos import TOLERANCE, Case, below, guided, our_transformer, reference_video
 
 SIZE = (64, 128)
 CASES = {

@@ -6,7 +6,7 @@ import pytest
 
 from faults.verdict import flaw
 from faults.watch import fuzz
-from support.tiny import make_official_folder
+from harness.tiny import make_official_folder
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 SEED = os.environ.get("FUZZ_SEED", "helios")

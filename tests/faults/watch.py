@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.host import DIE_WITH_PARENT
+from harness.host import DIE_WITH_PARENT
 
 TESTS = Path(__file__).resolve().parents[1]
 MEMORY = 700 * 2**20  # bytes that a case may take beyond what was there before it
@@ -82,7 +82,12 @@ class _Child:
         command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), "-m", "faults.child", str(good)]
         command += ["--seed", seed, "--first", str(first)]
         command += ["--planted"] * planted + (["--family", family] if family else [])
-        env = {**os.environ, "PYTHONPATH": str(TESTS), "TMPDIR": self.files.name, "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "scripts")]),
+            "TMPDIR": self.files.name,
+            "OMP_NUM_THREADS": "1",
+        }
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors
         )

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch._dynamo
 
-from support.core_videos import SCHEDULES, largest_error, mean_error, network, video
+from harness.errors import difference, mean_error
+from support.core_videos import SCHEDULES, network, video
 
-QUICK = replace(SCHEDULES["base"], steps=(2,), guidance_scale=1.0)
+TWO_STEPS = replace(SCHEDULES["base"], steps=(2,), guidance_scale=1.0)
 GRAPHS = 2  # an ordinary block's, and the last one's, which leaves the history out
 
 
@@ -33,17 +34,17 @@ def compiled(device):
 
 
 def test_float32_is_that_of_eager_blocks(device, compiled, record_property):
-    expected = video(network(device), QUICK, device)
-    error = largest_error(video(compiled(torch.float32), QUICK, device), expected)
+    expected = video(network(device), TWO_STEPS, device)
+    error = difference(video(compiled(torch.float32), TWO_STEPS, device), expected)
     record_property("error", f"{error:.1e}")
     assert error <= 2e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == GRAPHS  # none for the second step or chunk
 
 
 def test_bf16_rounds_no_worse_than_eager_blocks(device, compiled, record_property):
-    exact = video(network(), QUICK, "cpu")
-    eager = mean_error(video(network(device, torch.bfloat16), QUICK, device), exact)
-    error = mean_error(video(compiled(torch.bfloat16), QUICK, device), exact)
+    exact = video(network(), TWO_STEPS, "cpu")
+    eager = mean_error(video(network(device, torch.bfloat16), TWO_STEPS, device), exact)
+    error = mean_error(video(compiled(torch.bfloat16), TWO_STEPS, device), exact)
     record_property("error", f"{error:.1e}, of eager blocks {eager:.1e}")
     assert 0 < error <= 1.25 * eager
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == GRAPHS

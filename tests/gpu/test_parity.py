@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from comfyui_helios.helios_core.history import Memory
-from support.core_videos import LATENTS, SCHEDULES, largest_error, mean_error, network, video
+from harness.errors import difference, mean_error
+from support.core_videos import LATENTS, SCHEDULES, network, video
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5  # of the largest value; processors differ by 7e-7 here
@@ -20,7 +21,7 @@ def made(variant, device, dtype=torch.float32):
 
 @pytest.mark.parametrize("variant", SCHEDULES)
 def test_float32_is_that_of_the_processor(variant, device, record_property):
-    error = largest_error(made(variant, device), made(variant, CPU))
+    error = difference(made(variant, device), made(variant, CPU))
     record_property("error", f"{error:.1e}")
     assert error <= TOLERANCE
 
@@ -45,4 +46,4 @@ def test_amplified_history(device):
         inputs = (x.to(place) for x in (latents, timestep, text))
         return model(*inputs, memory.to(place).history()).cpu()
 
-    assert largest_error(flow(device), flow(CPU)) <= TOLERANCE
+    assert difference(flow(device), flow(CPU)) <= TOLERANCE

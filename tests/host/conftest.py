@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-COMFYUI = Path(__file__).resolve().parents[2] / os.environ.get("COMFYUI_PATH", "build/comfyui")
-if not (COMFYUI / "comfy").is_dir():
-    raise FileNotFoundError(f"{COMFYUI} is no ComfyUI checkout. Run `make setup`, or set COMFYUI_PATH to one.")
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(COMFYUI))
-
-from comfy.cli_args import args  # noqa: E402
+from harness.pack import load_comfyui
 
 base = tempfile.TemporaryDirectory(prefix="helios-host-")  # removed when the tests' process ends
-# Read when the host's other modules are imported. On import the host takes no command line but its own main.py's.
-args.cpu = True
-args.use_pytorch_cross_attention = True
-args.base_directory = base.name
-args.database_url = "sqlite:///:memory:"
+load_comfyui(base.name)
 
 
 @pytest.fixture

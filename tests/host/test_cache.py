@@ -14,7 +14,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from comfyui_helios.helios_core.generate import Run
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
+from comfyui_helios.helios_core.schedule import BASE, MID
 from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.model import run_cache as cache_module
 from comfyui_helios.host.model.base_model import MEMORY_KEY, TEXT_CACHED_KEY
@@ -26,9 +26,9 @@ from comfyui_helios.host.sampling import guider as guider_module
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sampling.whole_video import collect
 from comfyui_helios.host.sockets.prompt_track import set_track
-from support import oracle
+from harness import oracle
+from support.runs import QUICK
 
-QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 GUIDED = replace(BASE, steps=(3,))
 WIDTH, LAYERS, LENGTH = 48, 2, 12
 

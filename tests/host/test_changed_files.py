@@ -13,7 +13,7 @@ from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.stream import run_folder
 from comfyui_helios.host.stream.graph_key import fingerprint, graph_key
 from comfyui_helios.nodes.load import HeliosDiffusersLoader, HeliosModelLoader
-from support import oracle
+from harness import oracle
 from support.runs import QUICK, sample
 from support.streams import GRAPH, Parts, beginning, graph, make_parts, stream_video, temporary_files
 

@@ -22,8 +22,9 @@ from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sampling.whole_video import collect
 from comfyui_helios.host.sockets.prompt_track import set_track
 from comfyui_helios.nodes.compile import HeliosCompile
-from support import oracle
-from support.videos import difference
+from harness import oracle
+from harness.errors import difference
+from support.runs import run_node
 
 ONE_STAGE = replace(BASE, steps=(2,), guidance_scale=1.0)
 PYRAMID = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
@@ -170,34 +171,30 @@ def test_what_is_missing_is_named(monkeypatch, device, backend, lacking, message
     assert (reason is None) if message is None else (message in reason)
 
 
-def run_node(*args, **kwargs):
-    return type("Node", (HeliosCompile,), {"hidden": SimpleNamespace(unique_id=None)}).execute(*args, **kwargs)[0]
-
-
 def test_without_a_compiler_the_node_says_so_and_runs_eager(model, monkeypatch, caplog):
     monkeypatch.setattr(compile_module.shutil, "which", lambda name: None)
-    result = run_node(model)
+    result = run_node(HeliosCompile, model)[0]
     assert result is model
     assert "Not compiled: there is no C++ compiler" in caplog.text
 
 
 def test_the_node_compiles_a_clone(model, monkeypatch):
     monkeypatch.setattr(compile_module, "why_not", lambda device, backend: None)
-    first = run_node(model)
+    first = run_node(HeliosCompile, model)[0]
     assert is_compiled(first)
     assert not is_compiled(model)
-    again = run_node(first, mode="max-autotune")
+    again = run_node(HeliosCompile, first, mode="max-autotune")[0]
     assert len(again.get_wrappers(WrappersMP.OUTER_SAMPLE, TIMING_KEY)) == 1
 
 
 def test_values_of_no_widget_are_refused(model):
     with pytest.raises(ValueError, match="mode must be one of default"):
-        run_node(model, mode="fast")
+        run_node(HeliosCompile, model, mode="fast")
 
 
 def test_another_model_is_refused():
     with pytest.raises(ValueError, match="Helios Compile needs a Helios model, got Module"):
-        run_node(SimpleNamespace(model=torch.nn.Module()))
+        run_node(HeliosCompile, SimpleNamespace(model=torch.nn.Module()))
 
 
 def test_not_together_with_group_offloading(folder):

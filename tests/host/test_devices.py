@@ -27,10 +27,10 @@ from comfyui_helios.host.stream.saved_chunks import SavedRun
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.stream import HeliosStreamVideo
-from support import oracle
+from harness import oracle
 from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
-from support.runs import QUICK, conditioning
-from support.streams import SETTINGS, run_node
+from support.runs import QUICK, conditioning, run_node
+from support.streams import SETTINGS
 
 pytestmark = needs_cuda_build
 

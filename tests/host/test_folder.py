@@ -15,7 +15,7 @@ from comfyui_helios.host.files import text_encoder as subject
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.sockets.text_encoding import tokenize
-from support.tiny import make_loud, make_official_folder
+from harness.tiny import make_loud, make_official_folder
 
 PROMPT = "A red fox runs through fresh snow while the camera follows it from the side."
 

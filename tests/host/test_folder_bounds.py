@@ -15,7 +15,7 @@ from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.host.files import text_encoder as subject
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.files.vae import load_vae
-from support.tiny import VOCAB_SIZE, make_official_folder
+from harness.tiny import VOCAB_SIZE, make_official_folder
 
 
 @pytest.fixture(scope="module")

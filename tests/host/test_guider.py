@@ -10,7 +10,7 @@ from comfyui_helios.helios_core.generate import Run
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.sampling.guider import HeliosGuider
-from support import oracle
+from harness import oracle
 from support.runs import QUICK
 
 CHUNKS = 2

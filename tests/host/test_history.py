@@ -1,7 +1,6 @@
 """Everything a person can compose with Helios History Injection and the sampler, inside the host."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import comfy.latent_formats
 import pytest
@@ -17,8 +16,10 @@ from comfyui_helios.host.sockets.prompt_track import TRACK_KEY
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
-from support import oracle
-from support.videos import SEED, TOLERANCE, Case, below, difference, reference_video
+from harness import oracle
+from harness.errors import difference
+from support.runs import run_node
+from support.videos import SEED, TOLERANCE, Case, below, reference_video
 
 SIZE = (64, 128)
 CASES = {
@@ -26,7 +27,7 @@ CASES = {
     "mid": Case(below(MID, steps=(3, 2, 2)), SIZE),
     "distilled": Case(below(DISTILLED), SIZE),
 }
-QUICK = replace(DISTILLED, steps=(1, 1, 1))
+AMPLIFIED = replace(DISTILLED, steps=(1, 1, 1))
 WAN = comfy.latent_formats.Wan21()
 
 
@@ -57,10 +58,6 @@ class GivenVAE:
 
     def decode(self, samples):
         raise AssertionError("asked to decode")
-
-
-def run_node(node, *args, **kwargs):
-    return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=None)}).execute(*args, **kwargs).result
 
 
 def inputs(frames=33, batch_size=1, positive=None, **sources):
@@ -143,7 +140,7 @@ def test_a_batch_of_images_makes_a_batch_of_videos(model):
     pictures = torch.rand(2, *SIZE, 3)
     prompts = oracle.prompts()
     positive = [[prompts[0], {}]]
-    both = sample(model, QUICK, vae=Each(), start_image=pictures, batch_size=1, positive=positive, add_noise=False)
+    both = sample(model, AMPLIFIED, vae=Each(), start_image=pictures, batch_size=1, positive=positive, add_noise=False)
     assert both["samples"].shape[0] == 2
     assert not torch.allclose(both["samples"][0], both["samples"][1])
     state = video_state(both)
@@ -166,9 +163,9 @@ def test_going_on_equals_one_run(model, case, drift):
 
 
 def test_new_seed_mode_draws_from_its_own_seed(model):
-    first = sample(model, QUICK, 33)
-    runs = [sample(model, QUICK, 33, seed=seed, seed_mode="new", previous=first)["samples"] for seed in (5, 5, 6)]
-    going_on = sample(model, QUICK, 33, seed=5, previous=first)["samples"]
+    first = sample(model, AMPLIFIED, 33)
+    runs = [sample(model, AMPLIFIED, 33, seed=seed, seed_mode="new", previous=first)["samples"] for seed in (5, 5, 6)]
+    going_on = sample(model, AMPLIFIED, 33, seed=5, previous=first)["samples"]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2])
     assert not torch.allclose(runs[0], going_on)
@@ -193,18 +190,18 @@ def test_what_is_done_to_a_first_chunk_is_done_once_per_video(model):
 
 
 def test_a_latent_that_lost_its_key_goes_on_from_its_last_frames_with_a_warning(model, caplog):
-    first = sample(model, QUICK, 66)
+    first = sample(model, AMPLIFIED, 66)
     lost = {"samples": first["samples"]}
-    result = sample(model, QUICK, 33, seed=5, seed_mode="new", previous=lost)
+    result = sample(model, AMPLIFIED, 33, seed=5, seed_mode="new", previous=lost)
     assert "has lost what Helios adds" in caplog.text
-    kept = sample(model, QUICK, 33, seed=5, seed_mode="new", previous=first)
+    kept = sample(model, AMPLIFIED, 33, seed=5, seed_mode="new", previous=first)
     assert difference(result["samples"], kept["samples"]) < 1e-4  # the same history and anchor, through VAE space
     assert video_state(result).next_chunk == 3
 
 
 def test_anti_drift_corrects_the_history_and_not_the_video(model):
-    plain = sample(model, QUICK, 66)["samples"]
-    schedule = run_node(HeliosAntiDrift, QUICK, 0.9, 0.9, 0.15, 0.15, 0.1)[0]
+    plain = sample(model, AMPLIFIED, 66)["samples"]
+    schedule = run_node(HeliosAntiDrift, AMPLIFIED, 0.9, 0.9, 0.15, 0.15, 0.1)[0]
     assert schedule.anti_drift == AntiDrift()
     always = replace(schedule, anti_drift=AntiDrift(mean_threshold=-1.0, var_threshold=-1.0))
     corrected = sample(model, always, 66)["samples"]
@@ -216,15 +213,15 @@ def test_each_chunk_gets_its_prompt(model):
     """A track of two prompts against runs of either: equal before the change, different after."""
     one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
     track = PromptTrack((one, two), (1, 2), blend=0)
-    mixed = sample(model, QUICK, 99, positive=[[one, {TRACK_KEY: track}]])["samples"]
-    only_one = sample(model, QUICK, 99, positive=[[one, {}]])["samples"]
+    mixed = sample(model, AMPLIFIED, 99, positive=[[one, {TRACK_KEY: track}]])["samples"]
+    only_one = sample(model, AMPLIFIED, 99, positive=[[one, {}]])["samples"]
     assert torch.equal(mixed[:, :, :9], only_one[:, :, :9])
     assert difference(mixed[:, :, 9:18], only_one[:, :, 9:18]) > 1e-2
 
     same = PromptTrack((one, one), (1, 2), blend=0)
-    assert torch.equal(sample(model, QUICK, 99, positive=[[one, {TRACK_KEY: same}]])["samples"], only_one)
-    first = sample(model, QUICK, 33, positive=[[one, {}]])
-    going_on = sample(model, QUICK, 33, previous=first, positive=[[two, {TRACK_KEY: PromptTrack((two,), (1,), 0)}]])
+    assert torch.equal(sample(model, AMPLIFIED, 99, positive=[[one, {TRACK_KEY: same}]])["samples"], only_one)
+    first = sample(model, AMPLIFIED, 33, positive=[[one, {}]])
+    going_on = sample(model, AMPLIFIED, 33, previous=first, positive=[[two, {TRACK_KEY: PromptTrack((two,), (1,), 0)}]])
     assert difference(going_on["samples"], mixed[:, :, 9:18]) < 1e-6  # a track counts from its own beginning
 
 
@@ -232,7 +229,7 @@ def test_more_prompt_chunks_than_video_chunks_are_refused(model):
     one = oracle.prompts()[0]
     track = PromptTrack((one, one), (4, 4), blend=3)
     with pytest.raises(ValueError, match=r"prompts last 8 chunks, but the video has 2 \(66 frames\)"):
-        sample(model, QUICK, 66, positive=[[one, {TRACK_KEY: track}]])
+        sample(model, AMPLIFIED, 66, positive=[[one, {TRACK_KEY: track}]])
 
 
 IMAGE, VIDEO = torch.rand(1, *SIZE, 3), torch.rand(33, *SIZE, 3)
@@ -271,22 +268,22 @@ def test_a_latent_that_was_never_sampled_is_no_previous():
 
 def test_other_history_sizes_and_no_anchor(model):
     for options in ({"history_long": 8, "history_mid": 4, "history_short": 2}, {"keep_first_frame": False}):
-        latent = sample(model, QUICK, 66, **options)
+        latent = sample(model, AMPLIFIED, 66, **options)
         assert torch.isfinite(latent["samples"]).all()
-        assert difference(latent["samples"], sample(model, QUICK, 66)["samples"]) > 1e-3
+        assert difference(latent["samples"], sample(model, AMPLIFIED, 66)["samples"]) > 1e-3
 
 
 def test_an_edited_latent_is_followed_as_it_is_now(model, caplog):
     """The host's latent nodes keep our key; what they changed must not be undone."""
-    first = sample(model, QUICK, 66)
+    first = sample(model, AMPLIFIED, 66)
     flipped = {**first, "samples": first["samples"].flip(-1)}
     assert video_state(first).memory is not None
     assert video_state(flipped) is None
-    going_on = sample(model, QUICK, 33, seed=5, seed_mode="new", previous=flipped)
+    going_on = sample(model, AMPLIFIED, 33, seed=5, seed_mode="new", previous=flipped)
     assert "has lost what Helios adds" in caplog.text
-    lost = sample(model, QUICK, 33, seed=5, seed_mode="new", previous={"samples": flipped["samples"]})
+    lost = sample(model, AMPLIFIED, 33, seed=5, seed_mode="new", previous={"samples": flipped["samples"]})
     assert torch.equal(going_on["samples"], lost["samples"])
-    one_of_two = {**sample(model, QUICK, 33, batch_size=2)}
+    one_of_two = {**sample(model, AMPLIFIED, 33, batch_size=2)}
     one_of_two["samples"] = one_of_two["samples"][:1]
     assert inputs(previous=one_of_two)[2]["samples"].shape[0] == 1
 

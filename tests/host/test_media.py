@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.sockets.images import encode_image, encode_video, needed_frames, prepare_images, video_frames
-from support.tiny import make_scheduler, make_vae
+from harness.tiny import make_scheduler, make_vae
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FITS = ("crop", "pad", "stretch")

@@ -13,9 +13,10 @@ import torch
 from comfyui_helios.helios_core.schedule import BASE, MID
 from comfyui_helios.host.model.loading import DTYPES, load_model
 from comfyui_helios.host.sockets.latent import video_state
-from support import oracle
+from harness import oracle
+from harness.errors import difference
 from support.runs import QUICK, conditioning, make_distilled, sample
-from support.videos import CASES, CHUNKS, TOLERANCE, difference, reference_video
+from support.videos import CASES, CHUNKS, TOLERANCE, reference_video
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from comfyui_helios.helios_core.schedule import DISTILLED
 from comfyui_helios.host.files.official import find_folder, list_folders, read_schedule
-from support.tiny import make_official_folder
+from harness.tiny import make_official_folder
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import comfy.lora
 import comfy.model_management
@@ -22,9 +21,10 @@ from comfyui_helios.host.model.offload_patcher import Offloading, OffloadPatcher
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.load import HeliosDiffusersLoader
 from comfyui_helios.nodes.text import HeliosTextEncode
-from support import oracle, streams
+from harness import oracle
+from harness.tiny import make_official_folder
+from support import streams
 from support.runs import QUICK, run_node, sample
-from support.tiny import make_official_folder
 
 SETTINGS = [
     Offloading("block", 1, "host"),
@@ -204,11 +204,11 @@ def test_text_encoder(official, level):
     clip = load_text_encoder(official, torch.float32)
     plain = run_node(HeliosTextEncode, clip, "a red fox", "")
     offloaded = run_node(HeliosTextEncode, clip, "a red fox", "", level)
-    for a, b in zip(plain.result, offloaded.result, strict=True):
+    for a, b in zip(plain, offloaded, strict=True):
         assert torch.equal(a[0][0], b[0][0])
     assert not hooked(clip.cond_stage_model)
     again = run_node(HeliosTextEncode, clip, "a red fox", "")
-    assert torch.equal(again.result[0][0][0], plain.result[0][0][0])
+    assert torch.equal(again[0][0][0], plain[0][0][0])
 
 
 @pytest.mark.parametrize("level", ["block", "leaf"])
@@ -223,11 +223,11 @@ def test_vae_travels_and_tiles(official, level, monkeypatch):
         "load_models_gpu",
         lambda models, memory_required=0, **k: (asked.append(memory_required), load(models, memory_required, **k))[1],
     )
-    images = run_node(HeliosChunkedVAEDecode, latent, vae, False, group_offload=level).result[0]
+    images = run_node(HeliosChunkedVAEDecode, latent, vae, False, group_offload=level)[0]
     assert torch.equal(images, tiled)
     assert asked == [vae.memory_used_decode((1, 16, 9, 8, 32), vae.vae_dtype)]
     assert not hooked(vae.first_stage_model)
-    whole = run_node(HeliosChunkedVAEDecode, latent, vae, False).result[0]
+    whole = run_node(HeliosChunkedVAEDecode, latent, vae, False)[0]
     assert torch.equal(whole, vae.decode(latent["samples"])[0])
 
 
@@ -270,14 +270,13 @@ def test_the_loader_says_what_cannot_stay_on_disk(folder, official, monkeypatch)
     said = []
     monkeypatch.setattr(loaders, "find_folder", lambda name: official)
     monkeypatch.setattr("comfyui_helios.host.messages.tell", lambda text, node_id: said.append(text))
-    node = type("Node", (HeliosDiffusersLoader,), {"hidden": SimpleNamespace(unique_id=None)})
-    assert isinstance(node.execute("x", "bf16", "leaf", 1, "host").result[0], OffloadPatcher)
+    assert isinstance(run_node(HeliosDiffusersLoader, "x", "bf16", "leaf", 1, "host")[0], OffloadPatcher)
     assert not said
-    node.execute("x", "bf16", "leaf", 1, "disk")
+    run_node(HeliosDiffusersLoader, "x", "bf16", "leaf", 1, "disk")
     assert len(said) == 1 and "used in (bf16)" in said[0] and "--dtype bf16" in said[0]
-    assert not isinstance(node.execute("x", "bf16").result[0], OffloadPatcher)
+    assert not isinstance(run_node(HeliosDiffusersLoader, "x", "bf16")[0], OffloadPatcher)
     assert len(said) == 1
-    node.execute("x", "bf16", "off", 1, "disk")
+    run_node(HeliosDiffusersLoader, "x", "bf16", "off", 1, "disk")
     assert "does nothing while group_offload is off" in said[1]
 
 

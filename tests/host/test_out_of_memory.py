@@ -13,7 +13,7 @@ from comfyui_helios.host.sockets.images import prepare_images, video_frames
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from support import oracle
+from harness import oracle
 from support.runs import QUICK, conditioning, run_node
 from support.streams import make_parts
 
@@ -84,7 +84,7 @@ def test_a_lack_of_memory_in_the_network_is_told_by_the_nodes_name(parts):
 def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, little, monkeypatch):
     monkeypatch.setattr(VideoStart, "memory", lambda *args: pytest.fail("allocates"))
     prompts = [conditioning(prompt) for prompt in oracle.prompts()]
-    start = run_node(HeliosHistoryInjection, *prompts, width=2048, height=2048, frames=33, batch_size=64).result
+    start = run_node(HeliosHistoryInjection, *prompts, width=2048, height=2048, frames=33, batch_size=64)
     message = (
         r"2048x2048 in a batch of 64 would take \d+\.\d GiB of memory, and 0\.1 GiB are free\. Make the video smaller"
     )
@@ -94,7 +94,7 @@ def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, 
 
 def test_a_video_longer_than_memory_is_refused_before_it_is_sampled(parts, little):
     prompts = [conditioning(prompt) for prompt in oracle.prompts()]
-    start = run_node(HeliosHistoryInjection, *prompts, width=64, height=64, frames=99_000, batch_size=1).result
+    start = run_node(HeliosHistoryInjection, *prompts, width=64, height=64, frames=99_000, batch_size=1)
     with pytest.raises(ValueError, match="The latents of 3000 chunks would take 0.1 GiB of memory"):
         run_node(HeliosChunkedSampler, parts.model, *start, QUICK, 3)
 

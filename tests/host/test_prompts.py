@@ -17,7 +17,7 @@ from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.sockets.prompt_track import find_track
 from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.prompts import NODES, HeliosPromptFromFile, HeliosPromptSchedule
-from support.tiny import make_official_folder
+from harness.tiny import make_official_folder
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.host.stream import run_folder
 from comfyui_helios.host.stream import saved_chunks as resume
 from comfyui_helios.host.stream.graph_key import graph_key
+from support.runs import QUICK
 from support.streams import (
     GRAPH,
     HEIGHT,
-    QUICK,
     WIDTH,
     Parts,
     beginning,

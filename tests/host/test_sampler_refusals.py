@@ -12,7 +12,7 @@ from comfyui_helios.helios_core.video import VideoStart
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.sockets.conditioning import set_history
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from support import oracle
+from harness import oracle
 from support.runs import QUICK, conditioning, make_distilled, run_node, sample
 
 

@@ -19,7 +19,7 @@ from comfyui_helios.nodes.prompts import HeliosPromptSchedule
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
 from comfyui_helios.nodes.text import HeliosTextEncode
-from support import oracle
+from harness import oracle
 from support.runs import QUICK, conditioning, run_node
 from support.streams import make_parts
 

@@ -22,10 +22,10 @@ from comfyui_helios.host.stream import background
 from comfyui_helios.host.stream.mp4 import VideoFile
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from support import oracle
+from harness import oracle
+from support.runs import QUICK, run_node
 from support.streams import (
     HEIGHT,
-    QUICK,
     WIDTH,
     Parts,
     beginning,
@@ -33,7 +33,6 @@ from support.streams import (
     make_parts,
     packets,
     planes,
-    run_node,
     stream_video,
     temporary_files,
     watched,

@@ -10,8 +10,8 @@ from comfyui_helios.helios_core.text import clean_prompt
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.text import HeliosTextEncode
+from harness.tiny import make_official_folder
 from support.runs import run_node
-from support.tiny import make_official_folder
 
 PROMPTS = {
     "plain": "A red fox runs through fresh snow while the camera follows it.",
@@ -62,7 +62,7 @@ def assert_equal(entries, expected):
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_prompts_become_what_the_reference_makes_of_them(clip, pipeline, kind):
-    positive, negative = run_node(HeliosTextEncode, clip, PROMPTS[kind], "blurry, static").result
+    positive, negative = run_node(HeliosTextEncode, clip, PROMPTS[kind], "blurry, static")
     expected = reference(pipeline, PROMPTS[kind], "blurry, static")
     assert_equal(positive, expected[0])
     assert_equal(negative, expected[1])
@@ -75,7 +75,7 @@ def test_defaults_of_the_node_fit_into_the_text_encoder(clip, caplog):
 
 
 def test_padding_behind_the_prompt_is_zero(clip):
-    positive, _ = run_node(HeliosTextEncode, clip, "a red fox", "").result
+    positive, _ = run_node(HeliosTextEncode, clip, "a red fox", "")
     used = positive[0][0].abs().amax(dim=(0, 2)).nonzero().max() + 1
     assert used < 20
     assert not positive[0][0][:, used:].any()
@@ -85,7 +85,7 @@ def test_a_prompt_over_512_tokens_is_cut_and_the_node_says_so_without_its_text(c
     prompt = "The tall stone bridge " + "a red fox " * 400
     tokens = len(pipeline.tokenizer(clean_prompt(prompt)).input_ids)
     with caplog.at_level(logging.DEBUG):
-        positive, _ = run_node(HeliosTextEncode, clip, prompt, "", unique_id="7").result
+        positive, _ = run_node(HeliosTextEncode, clip, prompt, "", unique_id="7")
     warning = f"The positive prompt has {tokens} tokens. The text encoder reads 512, the rest is left out."
     assert shown[-1] == (warning, "7")
     assert "stone bridge" not in caplog.text
@@ -102,13 +102,13 @@ def test_the_limit_counts_the_end_token(clip, pipeline, caplog, length):
     prompt = "0" * (length - 2)  # a token each, besides a token for the start of a word and the end token
     assert len(pipeline.tokenizer(prompt).input_ids) == length
     with caplog.at_level(logging.WARNING):
-        positive, _ = run_node(HeliosTextEncode, clip, prompt, "").result
+        positive, _ = run_node(HeliosTextEncode, clip, prompt, "")
     assert_equal(positive, reference(pipeline, prompt, "")[0])
     assert bool([r for r in caplog.records if r.name.startswith("comfyui_helios")]) == (length > 512)
 
 
 def test_parentheses_change_no_weight(clip):
-    plain, loud = (run_node(HeliosTextEncode, clip, x, "").result[0][0][0] for x in ("a (red:1.5) fox", "a red fox"))
+    plain, loud = (run_node(HeliosTextEncode, clip, x, "")[0][0][0] for x in ("a (red:1.5) fox", "a red fox"))
     assert (plain - loud).abs().max() > 0.1  # other text, other embedding
 
 

@@ -17,10 +17,10 @@ from playwright.sync_api import Browser
 from safetensors.torch import save_file
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 
-from support.browser import Page, chromium, open_page, write_settings
-from support.client import run_workflow
-from support.host import ROOT, Host
-from support.models import make_tiny_models
+from harness.browser import Page, chromium, open_page, write_settings
+from harness.client import run_workflow
+from harness.host import ROOT, Host
+from harness.models import make_tiny_models
 
 
 @pytest.fixture(scope="session")

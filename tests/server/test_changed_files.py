@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.client import ExecutionFailed, run_workflow
-from support.host import Host
-from support.models import make_tiny_models
-from support.small import find, small_api
-from support.tiny import make_transformer
+from harness.client import ExecutionFailed, run_workflow
+from harness.host import Host
+from harness.models import make_tiny_models
+from harness.small import find, small_api
+from harness.tiny import make_transformer
 
 NODE = "HeliosStreamVideo"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from support.browser import Page
-from support.client import ExecutionFailed, PromptRejected, run_workflow
-from support.host import Host
-from support.workflow import to_api
+from harness.browser import Page
+from harness.client import ExecutionFailed, PromptRejected, run_workflow
+from harness.host import Host
+from harness.workflow import to_api
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.client import run_workflow
-from support.host import ROOT
-from support.small import find, small_api, with_latents
-from support.tiny import make_transformer
+from harness.client import run_workflow
+from harness.host import ROOT
+from harness.small import find, small_api, with_latents
+from harness.tiny import make_transformer
 
 WIDE = 12_000  # a feed-forward matrix of 1.2 MB in bf16
 

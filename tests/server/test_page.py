@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from support.small import FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
+from harness.small import FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
 
 pytestmark = pytest.mark.browser
 # `make pictures` takes them anew.

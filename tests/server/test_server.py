@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from support.client import ExecutionFailed, ExecutionInterrupted, PromptRejected, run_workflow
-from support.host import Host
-from support.small import FRAMES, WORKFLOWS, find, read_workflow, small_api, with_latents
+from harness.client import ExecutionFailed, ExecutionInterrupted, PromptRejected, run_workflow
+from harness.host import Host
+from harness.small import FRAMES, WORKFLOWS, find, read_workflow, small_api, with_latents
 
 DISTILLED = "helios_t2v_distilled"
 READER = "HeliosPromptFromFile"

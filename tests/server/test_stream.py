@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.client import ExecutionFailed, ExecutionInterrupted, RunError, run_workflow
-from support.host import Host
-from support.small import find, small_api
+from harness.client import ExecutionFailed, ExecutionInterrupted, RunError, run_workflow
+from harness.host import Host
+from harness.small import find, small_api
 
 NAME, NODE = "helios_stream", "HeliosStreamVideo"
 LONG = 8  # chunks of the runs that are killed

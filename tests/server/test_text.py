@@ -8,10 +8,10 @@ import struct
 import pytest
 from safetensors.torch import load_file, save_file
 
-from support.browser import open_page, write_settings
-from support.client import ExecutionFailed, run_workflow
-from support.host import Host
-from support.models import make_tiny_models
+from harness.browser import open_page, write_settings
+from harness.client import ExecutionFailed, run_workflow
+from harness.host import Host
+from harness.models import make_tiny_models
 
 SCRIPT = "<img src=x onerror=window.ran=1>"
 SURROGATE = "caf\ud800"

@@ -1,1 +1,1 @@
-"""Real ComfyUI servers and pages, driven from tests, the demo and benchmarks."""
+"""What the suites of tests share, and nobody else needs; the rest is in scripts/harness/."""

@@ -10,17 +10,9 @@ from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.predict import bind_transformer
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
-from support.tiny import make_loud
+from harness.tiny import TINY, make_loud
 
-CONFIG = TransformerConfig(
-    num_attention_heads=2,
-    attention_head_dim=24,
-    rope_dim=(8, 8, 8),
-    text_dim=32,
-    freq_dim=32,
-    ffn_dim=64,
-    num_layers=2,
-)
+CONFIG = TransformerConfig(**TINY)
 SCHEDULES = {
     "base": replace(BASE, steps=(3,), guidance_scale=2.0),
     "mid": replace(MID, steps=(2, 1, 1), guidance_scale=2.0, zero_steps=0),
@@ -45,13 +37,3 @@ def video(model, schedule, device, chunks=2):
     bind = bind_transformer(model, schedule, *prompts)
     memory = Memory.empty(1, *LATENTS).to(device)
     return torch.cat([chunk.latents.cpu() for chunk in generate(bind, Run(schedule, memory, chunks, rng))], dim=2)
-
-
-def largest_error(latents, expected):
-    """Of the largest value."""
-    return ((latents - expected).abs().max() / expected.abs().max()).item()
-
-
-def mean_error(latents, expected):
-    """Root mean square, of that of the values: what rounding comes to, whichever way it falls."""
-    return ((latents - expected).square().mean() / expected.square().mean()).sqrt().item()

@@ -1,7 +1,7 @@
 """Numbers that must come out the same on every machine, recorded in data/numbers.safetensors with all that goes in.
 
-`PYTHONPATH=.:tests python tests/support/recorded.py` compares and prints the differences as JSON; with `--record` it
-makes the file anew, for a change that is meant to move numbers.
+`PYTHONPATH=.:tests:scripts python tests/support/recorded.py` compares and prints the differences as JSON; with
+`--record` it makes the file anew, for a change that is meant to move numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.tiny import make_loud
 from helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE, TransformerConfig
 from helios_core.generate import Chunk, PredictFlow, Run, generate
 from helios_core.history import History, HistoryLayout
@@ -26,10 +27,9 @@ from helios_core.rope import rope_table
 from helios_core.schedule import BASE, DISTILLED, GAMMA_MAX, MID, stages
 from helios_core.transformer import LONG_POOL, MID_POOL, HeliosTransformer
 from helios_core.video import EncodedPast, VideoStart
-from support.tiny import make_loud
 
 FILE = Path(__file__).parents[1] / "data" / "numbers.safetensors"
-COMMAND = "PYTHONPATH=.:tests python tests/support/recorded.py --record"
+COMMAND = "PYTHONPATH=.:tests:scripts python tests/support/recorded.py --record"
 SEED = 3
 # How far each kind of number may be off: of its largest value, float64 of each value.
 LIMITS = {

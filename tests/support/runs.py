@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import torch
+
 from comfyui_helios.helios_core.schedule import DISTILLED
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from support import oracle
+from harness import oracle
 from support.videos import SEED
 
 QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
@@ -26,9 +28,11 @@ def conditioning(embedding, **values):
     return [[embedding, values]]
 
 
-def run_node(node, *args, unique_id=None, **kwargs):
-    """As the host runs it, on this node of a page, or on none."""
-    return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=unique_id)}).execute(*args, **kwargs)
+def run_node(node, *args, unique_id=None, prompt=None, **kwargs):
+    """Its outputs, run as the host runs it: without gradients, on this node of this graph, or on none."""
+    hidden = SimpleNamespace(unique_id=unique_id, prompt=prompt)
+    with torch.inference_mode():
+        return type("Node", (node,), {"hidden": hidden}).execute(*args, **kwargs).result
 
 
 def sample(model, schedule, size=(64, 64), chunks=1, seed=SEED, positive=None, negative=None, batch=1):
@@ -43,4 +47,4 @@ def sample(model, schedule, size=(64, 64), chunks=1, seed=SEED, positive=None, n
         frames=33 * chunks,
         batch_size=batch,
     )
-    return run_node(HeliosChunkedSampler, model, *inputs.result, schedule, seed).result[0]
+    return run_node(HeliosChunkedSampler, model, *inputs, schedule, seed)[0]

@@ -7,20 +7,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
 import folder_paths
-import torch
 
 from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.stream import HeliosStreamVideo
-from support import oracle
-from support.runs import QUICK, make_distilled
-from support.tiny import make_vae
+from harness import oracle
+from harness.tiny import make_vae
+from support.runs import QUICK, make_distilled, run_node
 
 WIDTH, HEIGHT = 128, 64
 GRAPH = {
@@ -62,13 +60,6 @@ def make_parts(folder: Path) -> Parts:
     make_distilled(folder)
     make_vae(7).save_pretrained(folder / "vae")
     return Parts(load_model(str(folder), "fp32"), load_vae(folder))
-
-
-def run_node(node: type, *args: Any, unique_id: str | None = None, prompt: Any = None, **kwargs: Any) -> Any:
-    """As the host runs it."""
-    hidden = SimpleNamespace(unique_id=unique_id, prompt=prompt)
-    with torch.inference_mode():
-        return type("Node", (node,), {"hidden": hidden}).execute(*args, **kwargs).result
 
 
 def beginning(frames: int, **inputs: Any) -> tuple[Any, Any, Any]:

@@ -11,7 +11,7 @@ from comfyui_helios.helios_core.generate import Run, generate
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID, Schedule, dynamic_shift_mu
 from comfyui_helios.helios_core.transformer import HeliosTransformer
-from support import oracle
+from harness import oracle
 
 TOLERANCE = 2e-5  # of the largest absolute value
 CHUNKS = 3
@@ -123,8 +123,3 @@ def our_video(case: Case, bind, batch: int = 1, seed: int = SEED) -> torch.Tenso
     memory = Memory.empty(batch, case.size[0] // SPATIAL_SCALE, case.size[1] // SPATIAL_SCALE)
     chunks = generate(bind, Run(case.schedule, memory, CHUNKS, torch.Generator().manual_seed(seed)))
     return torch.cat([chunk.latents for chunk in chunks], dim=2)
-
-
-def difference(ours, reference):
-    """Largest difference, relative to the largest value."""
-    return ((ours - reference).abs().max() / reference.abs().max()).item()

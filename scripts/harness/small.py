@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from support.workflow import to_api
+from harness.workflow import to_api
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))

@@ -1,7 +1,7 @@
 """Tiny Helios weights in the official folder layout, written by the libraries that define it (diffusers, transformers).
 
 The weights are random but loud: a video made of them is colourful moving noise, and a mistake in the maths shows in the
-numbers. Same seed, same bytes. From the shell: `python tests/support/tiny.py TARGET VARIANT [--seed N] [--shards]`.
+numbers. Same seed, same bytes. From the shell: `python scripts/harness/tiny.py TARGET VARIANT [--seed N] [--shards]`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,15 @@ VARIANTS: tuple[Variant, ...] = ("base", "mid", "distilled")
 TEXT_DIM = 32
 VAE_DIM = 1  # the smallest the host's Wan VAE takes; time goes up with it
 VOCAB_SIZE = 208
+TINY: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "rope_dim": (8, 8, 8),
+    "text_dim": TEXT_DIM,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+}
 
 # The sentencepiece model is trained on this; a character that is not in it is <unk>.
 CORPUS = """
@@ -96,7 +105,7 @@ def make_tokenizer(target: Path) -> str:
     return T5Tokenizer.__name__
 
 
-def make_text_encoder(seed: int) -> torch.nn.Module:
+def make_text_encoder(seed: int) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
@@ -114,7 +123,7 @@ def make_text_encoder(seed: int) -> torch.nn.Module:
     return make_loud(UMT5EncoderModel(config), seed)
 
 
-def make_vae(seed: int) -> torch.nn.Module:
+def make_vae(seed: int) -> Any:
     from diffusers import AutoencoderKLWan
 
     vae = make_loud(AutoencoderKLWan(base_dim=VAE_DIM, z_dim=16), seed)
@@ -125,19 +134,10 @@ def make_vae(seed: int) -> torch.nn.Module:
     return vae
 
 
-def make_transformer(seed: int, ffn_dim: int = 64) -> torch.nn.Module:
+def make_transformer(seed: int, ffn_dim: int = TINY["ffn_dim"]) -> Any:
     from diffusers import HeliosTransformer3DModel
 
-    model = HeliosTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=24,
-        text_dim=TEXT_DIM,
-        freq_dim=32,
-        ffn_dim=ffn_dim,
-        num_layers=2,
-        rope_dim=(8, 8, 8),
-    )
-    return make_loud(model, seed)
+    return make_loud(HeliosTransformer3DModel(**{**TINY, "ffn_dim": ffn_dim}), seed)
 
 
 def make_scheduler(variant: Variant) -> Any:
@@ -155,7 +155,7 @@ def make_scheduler(variant: Variant) -> Any:
 
 
 @torch.no_grad()
-def make_loud(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def make_loud(model: Any, seed: int) -> Any:
     """Random weights that keep a signal's size through every layer: matrices ~ N(0, 1 / fan-in), scales around 1."""
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

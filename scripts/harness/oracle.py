@@ -1,6 +1,9 @@
 """The reference that our numbers are compared with: diffusers' Helios on small, loud random weights."""
 
+from __future__ import annotations
+
 import inspect
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -12,29 +15,22 @@ from diffusers import (
     HeliosScheduler,
     HeliosTransformer3DModel,
 )
+from torch import Tensor
 
+from harness.tiny import TEXT_DIM, TINY
+from helios_core.history import History
 from helios_core.pyramid import block_factor
 from helios_core.schedule import GAMMA_MAX
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "rope_dim": (8, 8, 8),
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-}
 
-
-def make_loud(module, seed, gain=1.0):
+def make_sensitive(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Random weights of a scale at which every part of a network tells in its output."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(module.named_parameters()):
             noise = torch.randn(p.shape, generator=rng)
             if p.ndim > 1 and "table" not in name:
-                p.copy_(noise * gain / p[0].numel() ** 0.5)
+                p.copy_(noise / p[0].numel() ** 0.5)
             elif "norm" in name and name.endswith("weight"):
                 p.copy_(1 + 0.3 * noise)
             else:
@@ -42,14 +38,14 @@ def make_loud(module, seed, gain=1.0):
     return module.eval().requires_grad_(False)
 
 
-def transformer(seed=0, **config):
-    model = make_loud(HeliosTransformer3DModel(**{**TINY, **config}), seed)
+def transformer(seed: int = 0, **config: Any) -> Any:
+    model = make_sensitive(HeliosTransformer3DModel(**{**TINY, **config}), seed)
     # At 64x64 the first stage has one token a frame, and the pipeline's `view` then fails on the output's strides.
     model.register_forward_hook(lambda module, args, output: tuple(x.contiguous() for x in output))
     return model
 
 
-def ask(model, latents, timestep, text, history):
+def ask(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, history: History) -> Tensor:
     """The reference transformer's flow, with our `History`."""
     index = {name: torch.tensor([getattr(history.indices, name)]) for name in ("noisy", "short", "mid", "long")}
     return model(
@@ -67,14 +63,14 @@ def ask(model, latents, timestep, text, history):
     )[0]
 
 
-def schedulers(variant):
+def schedulers(variant: str) -> Any:
     if variant == "distilled":
         return HeliosDMDScheduler(use_dynamic_shifting=True, time_shift_type="linear")
     stages = {"base": 1, "mid": 3}[variant]
     return HeliosScheduler(stages=stages, use_dynamic_shifting=True, time_shift_type="exponential")
 
 
-def pipeline(variant, model, scheduler=None):
+def pipeline(variant: str, model: Any, scheduler: Any = None) -> Any:
     """A reference pipeline without a text encoder; its VAE is there because it insists on decoding."""
     vae = AutoencoderKLWan(base_dim=2, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval().requires_grad_(False)
     parts = {
@@ -94,12 +90,22 @@ def pipeline(variant, model, scheduler=None):
     return pipe
 
 
-def prompts(seed=0, batch=1, dim=32, length=12):
+def prompts(seed: int = 0, batch: int = 1, dim: int = TEXT_DIM, length: int = 12) -> tuple[Tensor, ...]:
     rng = torch.Generator().manual_seed(1000 + seed)
     return torch.randn(2, batch, length, dim, generator=rng).unbind(0)
 
 
-def run(pipe, positive, negative, *, size=(64, 64), frames=99, seed=0, guidance_scale=1.0, **kwargs):
+def run(
+    pipe: Any,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    size: tuple[int, int] = (64, 64),
+    frames: int = 99,
+    seed: int = 0,
+    guidance_scale: float = 1.0,
+    **kwargs: Any,
+) -> Any:
     """Latents of a whole video, (B, 16, 9k, H, W), normalised.
 
     Pyramids are handed our factor of the block noise's covariance: theirs, taken in float32, is rounding noise that

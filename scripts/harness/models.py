@@ -8,7 +8,7 @@ from pathlib import Path
 
 import transformers
 
-from support.tiny import VARIANTS, make_official_folder
+from harness.tiny import VARIANTS, make_official_folder
 
 SOURCE = Path(__file__).with_name("tiny.py")
 
