@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import sys
+import tempfile
 import traceback
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from harness.pack import load_comfyui, load_pack
 
 GOOD_GRAPH_EVERY = 4  # cases
 
@@ -30,10 +32,8 @@ def main() -> None:
     def say(**what: Any) -> None:
         print(json.dumps(what), file=report, flush=True)
 
-    import conftest  # noqa: F401  # loads the pack
-
-    # Puts ComfyUI on sys.path. By path: where this starts in the checkout, `host` is the pack's own.
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "host" / "conftest.py"))
+    load_pack()
+    load_comfyui(tempfile.mkdtemp(prefix="helios-faults-"))  # below the parent's own temporary folder
     from faults import cases, planted, world
 
     world.set_up(options.good)
