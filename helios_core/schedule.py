@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import CHUNK_LATENTS, NATIVE_HEIGHT, NATIVE_WIDTH, PATCH, SPATIAL_SCALE, Variant, is_number
+from .config import CHUNK_LATENTS, NATIVE_HEIGHT, NATIVE_WIDTH, PATCH, SPATIAL_SCALE, Variant, check_multiple, is_number
 from .drift import AntiDrift
 from .guidance import cfg, cfg_zero_star
 from .quoting import quoted
@@ -122,13 +122,7 @@ class Schedule:
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for a pixel size this schedule cannot make, naming the nearest that it can."""
-        multiple = self.size_multiple
-        if height % multiple or width % multiple or height < multiple or width < multiple:
-            good = [max(multiple, round(size / multiple) * multiple) for size in (width, height)]
-            raise ValueError(
-                f"{width}x{height} is no size the {self.variant} schedule can make: width and height must be "
-                f"multiples of {multiple}. The nearest that works is {good[0]}x{good[1]}."
-            )
+        check_multiple(width, height, self.size_multiple, f"the {self.variant} schedule can make")
         stages(self, height // SPATIAL_SCALE, width // SPATIAL_SCALE, first_chunk=True)  # raises if it has no steps
 
     def guide(self, cond: Tensor, uncond: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Notes:
     def __init__(self, node_id: str | None):
         self.node_id = node_id
         self.lines: list[str] = []
-        clear_warning(node_id)
+        _clear(node_id)
 
     def warn(self, message: str) -> None:
         log.warning(message)
@@ -35,14 +35,8 @@ class Notes:
         _show("\n".join(self.lines), self.node_id)
 
 
-def warn(message: str, node_id: str | None = None) -> None:
-    """Log a warning and show it on the node."""
-    log.warning(message)
-    _show(message, node_id)
-
-
-def clear_warning(node_id: str | None) -> None:
-    """Take back what an earlier run has shown on this node; call before a run warns anew."""
+def _clear(node_id: str | None) -> None:
+    """Take back what an earlier run has shown on this node."""
     if node_id is not None and node_id in _shown:
         _shown.discard(node_id)
         tell("", node_id)

@@ -21,14 +21,16 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     NaN and at the values of a V3 combo, and never at what comes over a link.
     """
     signature = inspect.signature(execute)
+    schema: io.Schema | None = None  # made once: it lists folders, and what those hold is not checked here
     many = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]  # such as **slots
 
     @functools.wraps(execute)
     def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        nonlocal schema
         values = signature.bind(cls, *args, **kwargs).arguments
         for name in many:
             values |= values.get(name, {})
-        schema = cls.define_schema()
+        schema = schema or cls.define_schema()
         check_widgets(schema, values)
         with memory_errors(schema.display_name):
             return execute(cls, *args, **kwargs)

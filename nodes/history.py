@@ -16,12 +16,13 @@ from ..helios_core.config import (
     NATIVE_WIDTH,
     PATCH,
     SPATIAL_SCALE,
+    check_multiple,
     num_chunks,
 )
 from ..helios_core.history import HistoryLayout
 from ..helios_core.video import NOISE_SIGMAS, VideoStart, VideoState
 from ..host.compat import advanced, schema
-from ..host.messages import clear_warning, warn
+from ..host.messages import Notes
 from ..host.sockets.conditioning import check_conditioning, set_history
 from ..host.sockets.images import Fit, encode_image, encode_video, needed_frames, prepare_images, video_frames
 from ..host.sockets.latent import STATE_KEY, follow
@@ -170,10 +171,10 @@ class HeliosHistoryInjection(io.ComfyNode):
         history_mid: int = HISTORY_SIZES[1],
         history_short: int = HISTORY_SIZES[2],
     ) -> io.NodeOutput:
-        clear_warning(cls.hidden.unique_id)
+        notes = Notes(cls.hidden.unique_id)
         check_conditioning(positive, "positive")
         check_conditioning(negative, "negative")
-        check_pixel_size(width, height)
+        check_multiple(width, height, SPATIAL_SCALE * PATCH, "a video can have")  # a pyramid's schedule may want more
         check_sources(vae, start_image=start_image, video=video, previous=previous)
         chunks = num_chunks(frames)
         start = VideoStart(
@@ -195,10 +196,9 @@ class HeliosHistoryInjection(io.ComfyNode):
         elif previous is not None:
             start, memory, carried = follow(start, previous)
             if not carried:
-                warn(
+                notes.warn(
                     "The LATENT on `previous` has lost what Helios adds to it (Save Latent drops it): the video goes "
-                    "on from its last frames, with new noise and its first latent for the anchor.",
-                    cls.hidden.unique_id,
+                    "on from its last frames, with new noise and its first latent for the anchor."
                 )
             batch_size, _, _, *size = memory.latents.shape
         # Only its shape counts: one zero, so that a long video takes no memory before it is made.
@@ -207,17 +207,6 @@ class HeliosHistoryInjection(io.ComfyNode):
             set_history(positive, start),
             set_history(negative, start),
             {"samples": samples, STATE_KEY: VideoState(frames)},
-        )
-
-
-def check_pixel_size(width: int, height: int) -> None:
-    """Raise ValueError for a size that no schedule can make; which ones a pyramid can, its schedule knows."""
-    multiple = SPATIAL_SCALE * PATCH
-    if width % multiple or height % multiple:
-        good = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
-        raise ValueError(
-            f"{width}x{height} is no size a video can have: width and height must be multiples of {multiple}. The "
-            f"nearest that works is {good[0]}x{good[1]}."
         )
 
 

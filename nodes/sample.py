@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.compat import schema
-from ..host.messages import clear_warning, warn
+from ..host.messages import Notes
 from ..host.sampling.inputs import frames_asked, prepare, sampled, variant_warning
 from ..host.sampling.whole_video import collect
 from ..host.widget_checks import checked
@@ -42,9 +42,9 @@ class HeliosChunkedSampler(io.ComfyNode):
     @checked
     def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
         guider = prepare("Helios Chunked Sampler", model, positive, negative, latent, schedule, seed, seed_mode)
-        clear_warning(cls.hidden.unique_id)
+        notes = Notes(cls.hidden.unique_id)
         if warning := variant_warning(model, schedule):
-            warn(warning, cls.hidden.unique_id)
+            notes.warn(warning)
         video = collect(guider)
         return io.NodeOutput(sampled(video, frames_asked(latent, guider.run.chunks), guider))
 

@@ -32,18 +32,19 @@ def list_folders() -> list[str]:
 
     Never raises, and never takes long: what cannot be read or lies too deep is left out, with a line in the log.
     """
-    return sorted(_folders(), key=lambda name: ("distilled" not in name.lower(), name))  # the first is the default
+    return sorted(find_folders(), key=_preference)
 
 
 def find_folder(name: str) -> Path:
     """The folder behind a name of `list_folders`. ValueError for any other name."""
-    folders = _folders()
+    folders = find_folders()
     if not isinstance(name, str) or name not in folders:
         roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
+        found = ", ".join(sorted(folders, key=_preference)) or "none"
         raise ValueError(
-            f"There is no Helios folder {quoted(name)} in {printable(roots)} (found: "
-            f"{', '.join(list_folders()) or 'none'}; the log names what could not be read). Put a copy of the "
-            "repository there, such as BestWishYsh/Helios-Distilled, without transformer_ode/."
+            f"There is no Helios folder {quoted(name)} in {printable(roots)} (found: {found}; the log names what could "
+            "not be read). Put a copy of the repository there, such as BestWishYsh/Helios-Distilled, without "
+            "transformer_ode/."
         )
     return folders[name]
 
@@ -75,12 +76,18 @@ def read_schedule(folder: Path) -> tuple[Schedule, str | None]:
         return PRESETS[variant], f"{error} The loader gives out the usual schedule of Helios-{variant.title()}."
 
 
-def _folders() -> dict[str, Path]:
+def find_folders() -> dict[str, Path]:
+    """Name and path of every Helios folder, as of now."""
     found: dict[str, Path] = {}
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
         for name, path in _search(root):
             found.setdefault(name, path)
     return {name: found[name] for name in listable(found)}
+
+
+def _preference(name: str) -> tuple[bool, str]:
+    """The order of the list, whose first is the default."""
+    return "distilled" not in name.lower(), name
 
 
 def _search(root: Path) -> Iterator[tuple[str, Path]]:
@@ -125,4 +132,4 @@ def _may_be_helios(config: Path) -> bool:
 def _tell_once(message: str) -> None:
     if message not in _told:
         _told.add(message)
-        log.warning(printable(message))
+        log.warning(message)

@@ -11,10 +11,9 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 
+from ...helios_core.config import LATENT_CHANNELS
 from ...helios_core.regular_file import CheckpointError
 from .folder_parts import DOWNLOAD, check_names, mapped_tensors, misshapen, part_config, part_folder, stored_tensors
-
-LATENT_CHANNELS = 16
 
 WAN_VAE_FIXED = {
     "z_dim": (LATENT_CHANNELS,),

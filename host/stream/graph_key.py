@@ -72,12 +72,11 @@ class NamedFiles:
     """Every file that a text may name: in the input folder, a model folder, or an official folder."""
 
     def __init__(self) -> None:
-        self.official = set(official.list_folders())
+        self.official = official.find_folders()
 
     def of(self, text: str) -> Iterator[tuple[str, str, FileFacts]]:
         """(kind of folder, name, facts) of each file; none for a text that names none."""
-        if text in self.official:
-            folder = official.find_folder(text)
+        if folder := self.official.get(text):
             for path in official.used_files(folder):
                 if facts := facts_of(path):  # a download that was cut off leaves links to nothing
                     yield "diffusers", path.relative_to(folder).as_posix(), facts

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.history import HistoryLayout, Memory, Statistics
+from ...helios_core.json_file import parse_json
 from ...helios_core.quoting import quoted
 from .plain_files import disk_errors, in_background, ordinary
 from .run_folder import claimed, remove_old, run_folder, tidy
@@ -226,23 +227,13 @@ def _from_tensors(tensors: Mapping[str, Tensor], described: str, kind: Kind) -> 
         torch.Generator().set_state(tensors["rng_state"])
     except RuntimeError as error:
         raise ValueError("rng_state is no state of a random generator") from error
-    values = _parse(described)
+    values = parse_json(described.encode())
     drifted = values.pop("drifted", None)
     if not isinstance(drifted, bool) or values != _describe(kind.layout):
         raise ValueError("its memory is laid out in another way")
     statistics = Statistics(tensors["mean"], tensors["var"]) if kind.watched else None
     memory = Memory(tensors["memory"], tensors.get("anchor"), kind.layout, statistics, drifted)
     return SavedChunk(tensors["latents"], memory, tensors["rng_state"])
-
-
-def _parse(described: str) -> dict[str, Any]:
-    try:
-        values = json.loads(described)
-    except RecursionError as error:
-        raise ValueError("its memory is nested too deeply") from error
-    if not isinstance(values, dict):
-        raise ValueError("its memory is not described")
-    return values
 
 
 def _describe(layout: HistoryLayout) -> dict[str, Any]:
