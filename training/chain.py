@@ -12,7 +12,7 @@ from pathlib import Path
 import distill
 import train_transformer
 from export import write_variant
-from trainer import CACHE
+from trainer import CACHE, TrainStep
 
 SHARES = {"base": 0.42, "mid": 0.36, "distilled": 0.22}
 
@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--pairs", default="5120")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=CACHE)
+    parser.add_argument("--no-graphs", action="store_true", help="launch each kernel of a step by itself")
     options = parser.parse_args()
+    TrainStep.uses_graphs = not options.no_graphs
     common = ["--size", options.size, "--device", options.device, "--folder", str(options.folder)]
     common += ["--batch", options.batch, "--steps", "1000000"]
     for variant in ("base", "mid"):

@@ -122,13 +122,15 @@ class TrainStep:
     On a card it becomes a CUDA graph after three calls: a network this small otherwise waits for its launches.
     """
 
+    uses_graphs = True
+
     def __init__(self, loss_of: Callable[..., Tensor], parameters: Iterable[nn.Parameter], optimizer: Muon) -> None:
         self.loss_of, self.parameters, self.optimizer = loss_of, list(parameters), optimizer
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        if not batch[0].is_cuda:
+        if not (batch[0].is_cuda and self.uses_graphs):
             return self._step(*batch)
         self.calls += 1
         if self.calls <= 3:
