@@ -183,8 +183,8 @@ def _vae_there_and_back() -> Callable[[np.ndarray], np.ndarray]:
     vae = load_vae("cpu")
 
     def through(video: np.ndarray) -> np.ndarray:
-        frames = torch.from_numpy(video).permute(0, 3, 1, 2)
-        return decode_chunks(vae, normalised(vae, frames).float().flatten(0, 1).transpose(0, 1)[None])[0]
+        chunks = torch.from_numpy(video).permute(0, 3, 1, 2).unflatten(0, (-1, FRAMES_PER_CHUNK))
+        return decode_chunks(vae, normalised(vae, chunks).float().flatten(0, 1).transpose(0, 1)[None])[0]
 
     return through
 

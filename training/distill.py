@@ -22,7 +22,7 @@ from helios import History, padding_bias, predict_flow, rotary_tables
 from latents import Shelf
 from parts import load_part, reader
 from sample import Sampler, load_sampler, load_vae, make_predictor, make_scheduler, pyramid_stages, shift_of
-from text import embed
+from text import Phrasebook
 from torch import Tensor
 from train_transformer import Trained, draw
 from trainer import CACHE, Average, Muon, Run, TrainStep, log, rngs, save_atomically, start_logging
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     optimizer = Muon(trained, lr=options.lr)
     average = Average(trained, 0.998)
     run = Run("distilled", model, optimizer, average, options.folder, options.steps, options.seconds)
-    read, bias, grid = reader(), padding_bias(device), options.size // 16
+    known, bias, grid = Phrasebook(model.encoder, reader()), padding_bias(device), options.size // 16
     tables = {g: rotary_tables(model.transformer, g, grid).to(device) for g in (grid, grid // 2, grid // 4)}
     levels = [torch.tensor(places) for places in visited(options.size)]
 
@@ -132,9 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         places = levels[stage][torch.from_numpy(rng.integers(len(levels[stage]), size=count))].float().to(device)
         where = torch.from_numpy(rows).to(device)
         names = (f"start{stage}", f"end{stage}", "long", "mid", "short")
-        ids, mask = read([pairs.captions[row] for row in rows])
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-            text = embed(model.encoder, ids.to(device), mask.to(device))
+        text = known([pairs.captions[row] for row in rows])
         batch = (*(pairs.tensors[name][where].float() for name in names), *places.unbind(1), text)
         losses.append(train_steps[stage](*batch))
         if (step + 1) % 60 == 0:

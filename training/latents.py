@@ -14,6 +14,7 @@ from world import FRAMES_PER_CHUNK, render, sample_clip
 
 CHUNKS = 6
 BLOCK = 25  # clips a file
+AT_ONCE = 5  # clips a call of the VAE
 STILL_FRAMES = 17  # of an image held still: by then its latent has stopped changing
 
 
@@ -46,30 +47,27 @@ class Shelf:
             self.captions.append([act.caption for act in sample_clip(self.first + number, CHUNKS).acts])
 
     @torch.no_grad()
-    def grow(self, clips: int) -> None:
+    def grow(self, total: int) -> None:
         """Encode clips until there are so many."""
-        while (count := len(self.frames)) < clips:
-            rows = []
-            for number in range(count, count + BLOCK):
-                video = render(sample_clip(self.first + number, CHUNKS), size=self.size, device=self.device)
-                rows.append((normalised(self.vae, video), normalised(self.vae, video[:1], STILL_FRAMES)[0, -1]))
-            block = {
-                "frames": torch.stack([row[0].flatten(0, 1) for row in rows]),
-                "stills": torch.stack([row[1] for row in rows]),
-            }
+        while (count := len(self.frames)) < total:
+            frames, stills = [], []
+            for number in range(count, count + BLOCK, AT_ONCE):
+                clips = [sample_clip(self.first + number + k, CHUNKS) for k in range(AT_ONCE)]
+                videos = torch.stack([render(clip, size=self.size, device=self.device) for clip in clips])
+                chunks = videos.unflatten(1, (CHUNKS, FRAMES_PER_CHUNK)).flatten(0, 1)
+                frames.append(normalised(self.vae, chunks).unflatten(0, (AT_ONCE, CHUNKS)).flatten(1, 2))
+                stills.append(normalised(self.vae, videos[:, :1].expand(-1, STILL_FRAMES, -1, -1, -1))[:, -1])
+            block = {"frames": torch.cat(frames), "stills": torch.cat(stills)}
             save_atomically(block, self._path())
             self._add(block)
 
 
 @torch.no_grad()
-def normalised(vae: AutoencoderKLWan, video: Tensor, held: int = 0) -> Tensor:
-    """Chunks of a video (T, 3, H, W) in 0..1, each encoded alone, or its first frame `held` for so many:
-    (chunks, latent frames, 16, h, w) in float16."""
-    frames = video * 2 - 1
-    chunks = frames[:1].expand(held, -1, -1, -1)[None] if held else frames.unflatten(0, (-1, FRAMES_PER_CHUNK))
-    with torch.autocast(video.device.type, torch.bfloat16):
-        means = encode(vae, chunks)[0]
+def normalised(vae: AutoencoderKLWan, chunks: Tensor) -> Tensor:
+    """Chunks (B, T, 3, H, W) in 0..1, T = 1 + 4n, each encoded alone: (B, 1 + n, 16, h, w) in float16."""
+    with torch.autocast(chunks.device.type, torch.bfloat16):
+        means = encode(vae, chunks * 2 - 1)[0]
     mean, std = (
-        torch.tensor(v, device=video.device).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+        torch.tensor(v, device=chunks.device).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
     )
     return ((means.float() - mean) / std).to(torch.float16)

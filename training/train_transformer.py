@@ -23,11 +23,12 @@ from helios import NOISY, History, make_transformer, padding_bias, predict_flow,
 from latents import CHUNKS, Shelf
 from parts import load_part, reader, weights_folder
 from sample import shift_of
-from text import NEGATIVE, embed, make_text_encoder
+from text import NEGATIVE, Phrasebook, embed, make_text_encoder
 from torch import Tensor, nn
-from trainer import CACHE, Average, Muon, Run, TrainStep, rngs, start_logging
+from trainer import CACHE, Average, Muon, Run, TrainStep, log, rngs, start_logging
 
 PAST = 19  # latent frames of the history without the anchor
+FIRST = 0.5  # share of first chunks: which way a thing goes, history tells all the others
 VALIDATION_FIRST = 900_000_000
 
 
@@ -41,7 +42,7 @@ class Example:
 def draw(shelf: Shelf, rng: np.random.Generator, noise: torch.Generator, count: int) -> Example:
     """Random chunks with what came before them, the history damaged, some captions withheld."""
     numbers = rng.integers(len(shelf.frames), size=count)
-    chunks = np.where(rng.random(count) < 0.3, 0, rng.integers(1, CHUNKS, size=count))
+    chunks = np.where(rng.random(count) < FIRST, 0, rng.integers(1, CHUNKS, size=count))
     captions = [shelf.captions[number][chunk] for number, chunk in zip(numbers, chunks, strict=True)]
     for row in np.flatnonzero(rng.random(count) < 0.1):
         captions[row] = "" if rng.random() < 0.5 else NEGATIVE
@@ -146,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vae = AutoencoderKLWan.from_pretrained(weights_folder() / "vae").float().to(device).requires_grad_(False)
     shelf = Shelf(vae, options.folder, options.size)
     shelf.grow(options.clips)
+    log.info("%d clips", len(shelf.frames))
     held = Shelf(vae, options.folder / "validation", options.size, VALIDATION_FIRST)
     held.grow(25)
 
@@ -156,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model.encoder.requires_grad_(False)
     else:
         model = Trained(make_transformer(options.seed), make_text_encoder(read.size, options.seed)).to(device)
+    known = Phrasebook(model.encoder, read)
     trains_text = options.variant == "base" and not options.again
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = Muon(trained, lr=options.lr)
@@ -171,10 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             noisy, timestep, flow = base_flow(example.target, noise)
         else:
             noisy, timestep, flow = pyramid_flow(example.target, noise, stage, scheduler)
-        words = [part.to(device) for part in read(example.captions)]
-        if not trains_text:  # outside of the step, which a card records
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-                words = [embed(model.encoder, *words)]
+        words = [part.to(device) for part in read(example.captions)] if trains_text else [known(example.captions)]
         history = example.history
         return noisy, timestep, flow, history.long, history.mid, history.short, *words
 

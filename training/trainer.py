@@ -99,9 +99,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(counts, 1)
             torch._foreach_lerp_(momentum, gradients, 0.1)
             torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 0.01)
-            for parameter, count, mean, square in zip(parameters, counts, momentum, squares, strict=True):
-                scale = (square / (1 - 0.99**count)).sqrt_().add_(1e-10)
-                parameter.sub_(self.rate / (1 - 0.9**count) * mean / scale)
+            count = counts[0]  # they all take the same steps
+            scales = torch._foreach_sqrt(squares)
+            torch._foreach_mul_(scales, (1 - 0.99**count).rsqrt())
+            torch._foreach_add_(scales, 1e-10)
+            updates = torch._foreach_div(momentum, scales)
+            torch._foreach_mul_(updates, self.rate / (1 - 0.9**count))
+            torch._foreach_sub_(parameters, updates)
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
