@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .layers import Modulation
 
 WARPS = 8  # that share a row
+LENGTHS = ("tokens", "history_tokens", "start")  # one kernel for all of them: each takes a second to compile
 TRIED_OUT = 1e-5  # how far from plain torch, relative to the largest value
 
 
@@ -28,7 +29,7 @@ def _layer_norm(row, inside, width, eps):
     return centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _residual_modulated_norm(
     x,
     update,
@@ -69,7 +70,7 @@ def _residual_modulated_norm(
     tl.store(normed + (batch * tokens + token) * width + column, result.to(row.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _gated_residual_norm(
     x,
     update,
@@ -176,7 +177,7 @@ def rms_norm_rope(x: Tensor, norm: nn.Module, rope: Tensor | None, heads: int) -
     """As in `elementwise`."""
     norms = _computes_only(norm, nn.RMSNorm, x.device) and norm.weight.dtype == x.dtype
     if not norms:
-        x = norm(x)
+        x = norm(x).contiguous()
     if norms or rope is not None:
         weight, eps = (norm.weight, norm.eps) if norms else (x, 0.0)
         table = x if rope is None else rope if rope.stride(-1) == 1 else rope.contiguous()
