@@ -190,12 +190,12 @@ def profiles(network: HeliosTransformer, shape: Shape, folder: Path) -> Iterator
 
 
 def by_backend(network: HeliosTransformer, shape: Shape) -> Iterator[Row]:
-    """The forward of the largest stage by each attention backend."""
+    """The forward of the largest stage by each attention backend that torch's choice may be compared with."""
     args = inputs(shape, stage=2)
     for label, attend in backends().items():
         name = f"forward_stage2_{label}"
-        if isinstance(attend, str):
-            continue  # attention_`label` says why
+        if isinstance(attend, str) or label in ("default", "math"):
+            continue  # attention_`label` says why; the first is another row, the other too slow to be chosen
         yield from section(name, _by_backend(name, partial(network, *args, attend=attend), shape.turns))
 
 

@@ -26,7 +26,7 @@ ROWS = {  # of what every machine has, at least one a part
 NETWORK = {  # a row of each of its sections
     *("matrix_peak", "forward_stage2_fused", "decode_bf16_channels_last", "fps_overlapped_222_fused"),
     *("profile_forward_stage2_idle", "profile_chunk_222_matrix_products", "forward_stage0", "attention_math"),
-    *("kernel_rms_norm_rope", "forward_stage2_math"),
+    *("kernel_rms_norm_rope", "forward_stage2_flash_attention"),
 }
 ABOUT = {"network": "planted", "machine": {"gpu": "card", "processor": "", "commit": "c0ffee"}}
 
