@@ -103,7 +103,7 @@ gpu-summary:
 test-gpu:
 	@$(GPU) --fresh --only tests
 bench-gpu:
-	@$(GPU) --fresh --only attention decoding eager compiled
+	@$(GPU) --fresh --only network compiled
 bench-memory-gpu:
 	@$(GPU) --fresh --only offload
 

@@ -31,7 +31,6 @@ LIBRARIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # each takes (B, S, h
 
 
 def rows(shape: Shape) -> Iterator[Row]:
-    yield Row("matrix_peak", matrix_peak(shape) / TERA, None, "TFLOP/s", note=f"bf16, {shape.matrix} cubed")
     height, width = (size // 2 for size in shape.latents)
     history = height * width * 2 + -(-height // 2) * -(-width // 2) + 4 * -(-height // 4) * -(-width // 4)
     length, heads, size = (

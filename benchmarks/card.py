@@ -28,8 +28,8 @@ class Shape:
     matrix: int = 8192  # rows and columns of the product that the peak is measured with
     vae: dict[str, Any] = field(default_factory=lambda: {"dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2})
     compiler: str = "inductor"
-    turns: int = 5
-    chunks: int = 3  # whose frames per second are taken
+    turns: int = 3
+    chunks: int = 3  # of a run
 
 
 REAL = Shape()

@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command: `make gpu`.
 
-What is right comes first (tests/gpu), then attention, the 14B network with random weights, eager and compiled, decoding
-and offloading. Each is a part with a time limit, a file and a log in build/gpu, and a further run goes on with what is
-not finished. It needs PyTorch, and the NumPy that usually comes with it; parts that need more are listed where it is
-missing. --tiny rehearses all of it on toy sizes, on any machine: its numbers say nothing.
+The 14B network has random weights: with fused kernels and without, profiled, compiled, decoded, offloaded. Beside that
+there are the tests of tests/gpu. Each is a part with a time limit, a file and a log in build/gpu, what is worth most
+first, and a further run goes on with what is not finished. It needs PyTorch, and the NumPy that usually comes with it;
+parts that need more are listed where it is missing. --tiny rehearses all of it on toy sizes, on any machine: its
+numbers say nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import shutil
 import signal
 import sys
@@ -20,29 +22,24 @@ from pathlib import Path
 if importlib.util.find_spec("torch") is None:
     sys.exit(f"{sys.executable} has no PyTorch. Name a Python that has it: make gpu PYTHON_GPU=<python>")
 
-import attention
 import card_tests
-import decode
 import memory_gpu
 import network_gpu
 import torch
-from card import REAL, TINY, random
+from card import REAL, TINY
 from measure import ROOT, Row, machine
 from parts import MISSING, MissingError, Part, add_row, run, summarise
 
-from helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS
-
-SECONDS = {  # that each part is expected to take on an H100
-    "tests_parity": 30,
-    "tests_offload": 30,
+SECONDS = {  # that each part is expected to take on an H200, what is worth most first
+    "tests_fused": 35,
+    "tests_parity": 25,
+    "network": 120,
+    "compiled": 120,
+    "offload_block_host": 90,  # with writing the weights
+    "offload_leaf_host": 50,
+    "tests_offload": 20,
     "tests_compiled": 60,
-    "attention": 20,
-    "decoding": 60,
-    "eager": 90,
-    "compiled": 150,
-    "offload_resident": 90,  # with writing the weights
-    "offload_block_host": 60,
-    "offload_leaf_host": 60,
+    "offload_resident": 50,
     "offload_block_disk": 100,
     "offload_leaf_disk": 100,
 }
@@ -65,6 +62,8 @@ def main() -> int:
         return run_part(options.part, folder, options.tiny)
     if not (options.tiny or options.summary or torch.cuda.is_available()):
         parser.error("there is no GPU here that PyTorch can use. TINY=1 (--tiny) rehearses on toy sizes on the CPU.")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when a part imports it
 
     command = [sys.executable, __file__, *(["--tiny"] if options.tiny else []), "--folder", str(folder), "--part"]
     parts = [
@@ -96,7 +95,7 @@ def run_part(name: str, folder: Path, tiny: bool) -> int:
             card_tests.run(name.removeprefix("tests_"), emit)
             return 0
         with torch.inference_mode():
-            for row in rows(name, folder / SCRATCH, tiny):
+            for row in rows(name, folder, tiny):
                 emit(row)
     except (MissingError, card_tests.FailedTests) as error:
         print(error)
@@ -104,15 +103,13 @@ def run_part(name: str, folder: Path, tiny: bool) -> int:
     return 0
 
 
-def rows(name: str, scratch: Path, tiny: bool) -> Iterator[Row]:
+def rows(name: str, folder: Path, tiny: bool) -> Iterator[Row]:
     shape = TINY if tiny else REAL
-    if name == "attention":
-        return attention.rows(shape)
-    if name == "decoding":
-        chunk = random(1, LATENT_CHANNELS, CHUNK_LATENTS, *shape.decoded).float()
-        return decode.on_card(shape.vae, chunk, shape.turns)
-    if name in ("eager", "compiled"):
-        return network_gpu.rows(shape, compiled=name == "compiled")
+    if name == "network":
+        return network_gpu.rows(shape, folder)
+    if name == "compiled":
+        return network_gpu.compiled(shape)
+    scratch = folder / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
     return memory_gpu.rows(name.removeprefix("offload_"), scratch / "weights.safetensors", tiny)
 

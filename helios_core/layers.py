@@ -12,15 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import elementwise
 from .attention import Attention
 from .config import TransformerConfig
-from .rope import apply_rope_
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 HISTORY_KEY_SCALE_MAX = 10.0
@@ -94,18 +95,6 @@ class Modulation:
         function(x[:, : self.history_tokens], self.history)
         function(x[:, self.history_tokens :], self.noisy)
         return x
-
-
-def modulated_norm(x: Tensor, shift: Modulation, scale: Modulation, eps: float) -> Tensor:
-    """LayerNorm in float32 without weights, then x * (1 + scale) + shift; (B, S, D) in x's dtype."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    scale.apply_(lambda part, row: part.mul_(1 + row), normed)
-    return shift.apply_(Tensor.add_, normed).to(x.dtype)
-
-
-def gated_residual(x: Tensor, update: Tensor, gate: Modulation) -> Tensor:
-    """x + update * gate, summed in float32; (B, S, D) in x's dtype. Overwrites update."""
-    return gate.apply_(Tensor.mul_, update.float()).add_(x).to(x.dtype)
 
 
 class TimestepEmbedding(nn.Module):
@@ -186,23 +175,19 @@ class SelfOrCrossAttention(nn.Module):
             scales = 1 if config.history_scale_mode == "scalar" else self.heads
             self.history_key_scale = nn.Parameter(torch.ones(scales, device=build.device), requires_grad=False)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
-
-    def queries(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+    def queries(self, x: Tensor, rope: Tensor | None = None, between: ModuleType = elementwise) -> Tensor:
         """x (B, S, D) -> (B, S, heads, head_dim); rope (2, S, head_dim / 2) is for self-attention."""
-        query = self.split_heads(self.norm_q(self.to_q(x)))
-        return query if rope is None else apply_rope_(query, rope)
+        return between.rms_norm_rope(self.to_q(x), self.norm_q, rope, self.heads)
 
-    def keys_values(self, x: Tensor, rope: Tensor | None = None, history_tokens: int = 0) -> KeysValues:
+    def keys_values(
+        self, x: Tensor, rope: Tensor | None = None, history_tokens: int = 0, between: ModuleType = elementwise
+    ) -> KeysValues:
         """Keys and values of x (B, L, D), each (B, L, heads, head_dim). Keys of the history may be amplified."""
-        key = self.split_heads(self.norm_k(self.to_k(x)))
-        if rope is not None:
-            key = apply_rope_(key, rope)
+        key = between.rms_norm_rope(self.to_k(x), self.norm_k, rope, self.heads)
         if self.history_key_scale is not None:
             scale = torch.sigmoid(self.history_key_scale.to(device=key.device, dtype=torch.float32))
             key[:, :history_tokens] *= (1 + scale * (HISTORY_KEY_SCALE_MAX - 1)).view(1, 1, -1, 1)
-        return key, self.split_heads(self.to_v(x))
+        return key, self.to_v(x).unflatten(-1, (self.heads, -1))
 
     def forward(self, query: Tensor, keys_values: KeysValues, attend: Attention) -> Tensor:
         """-> (B, S, D)"""
@@ -210,6 +195,8 @@ class SelfOrCrossAttention(nn.Module):
 
 
 class Block(nn.Module):
+    fuse = False  # what lies between products and attention, by `fused` where that runs
+
     def __init__(self, config: TransformerConfig, build: Builder):
         super().__init__()
         self.eps = config.eps
@@ -240,22 +227,23 @@ class Block(nn.Module):
         if noisy_only:
             gate, ffn_shift, ffn_scale, ffn_gate = (m.without_history() for m in (gate, ffn_shift, ffn_scale, ffn_gate))
 
-        normed = modulated_norm(x, shift, scale, self.eps)
-        query = self.attn1.queries(normed[:, start:], rope[:, start:])
-        keys_values = self.attn1.keys_values(normed, rope, history_tokens)
+        between = elementwise.fused_where_possible(x) if self.fuse else elementwise
+        normed = between.modulated_norm(x, shift, scale, self.eps)
+        query = self.attn1.queries(normed[:, start:], rope[:, start:], between)
+        keys_values = self.attn1.keys_values(normed, rope, history_tokens, between)
         del normed
         update = self.attn1(query, keys_values, attend)
         del query, keys_values
-        x = gated_residual(x[:, start:], update, gate)
+        blind = 0 if noisy_only or self.cross_attend_history else history_tokens  # tokens that do not see the text
+        x, normed = between.gated_residual_norm(x[:, start:], update, gate, self.norm2, blind)
 
-        target = x if noisy_only or self.cross_attend_history else x[:, history_tokens:]
-        query = self.attn2.queries(self.norm2(target.float()).to(x.dtype))
-        # In place, and so into x, of which target is a view: nothing else reads x here.
-        target += self.attn2(query, self.attn2.keys_values(text) if isinstance(text, Tensor) else text, attend)
+        query = self.attn2.queries(normed, between=between)
+        del normed
+        update = self.attn2(query, self.attn2.keys_values(text) if isinstance(text, Tensor) else text, attend)
         del query
-
-        normed = modulated_norm(x, ffn_shift, ffn_scale, self.eps)
-        return gated_residual(x, self.ffn(normed), ffn_gate)
+        normed = between.residual_modulated_norm_(x, update, blind, ffn_shift, ffn_scale, self.eps)
+        del update
+        return between.gated_residual(x, self.ffn(normed), ffn_gate)
 
 
 class OutputNorm(nn.Module):

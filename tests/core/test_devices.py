@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from comfyui_helios.helios_core import elementwise, layers
 from comfyui_helios.helios_core import generate as loop
-from comfyui_helios.helios_core import layers
 from comfyui_helios.helios_core import transformer as transformer_module
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.drift import AntiDrift
@@ -168,11 +168,11 @@ MISTAKES = {
         ("blocks.0 is given the rope table (2, 49, 12) torch.bfloat16 on cuda:0; expected torch.float32",),
     ),
     "a norm in half precision": (
-        (layers, "modulated_norm", half_norm),
+        (elementwise, "modulated_norm", half_norm),
         ("A layer norm of (1, 49, 48) torch.bfloat16 on cuda:0, expected torch.float32", "at helios_core/layers.py:"),
     ),
     "a residual stream in float32": (
-        (layers, "gated_residual", lambda x, update, gate: gate.apply_(torch.Tensor.mul_, update.float()).add_(x)),
+        (elementwise, "gated_residual", lambda x, update, gate: gate.apply_(Tensor.mul_, update.float()).add_(x)),
         ("blocks.0.attn2.to_q is given (1, 9, 48) torch.float32 on cuda:0; expected torch.bfloat16",),
     ),
 }

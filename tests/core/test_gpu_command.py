@@ -11,18 +11,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "benchmarks" / "gpu.py"
 ROWS = {  # of what every machine has, at least one a part
+    "tests_fused": "test_bf16_rounds_no_worse_than_plain_torch",
     "tests_parity": "test_float32_is_that_of_the_processor[mid]",
-    "tests_offload": "test_a_video_has_the_same_bits[leaf-True]",
-    "tests_compiled": "test_bf16_rounds_no_worse_than_eager_blocks",
-    "attention": "attention_math",
-    "decoding": "decode_bf16",
-    "eager": "chunk_222",
+    "network": "chunk_222",
     "compiled": "chunk_222_compiled",
-    "offload_resident": "seconds_a_chunk_resident",
     "offload_block_host": "seconds_a_chunk_block_host",
     "offload_leaf_host": "seconds_a_chunk_leaf_host",
+    "tests_offload": "test_a_video_has_the_same_bits[leaf-True]",
+    "tests_compiled": "test_bf16_rounds_no_worse_than_eager_blocks",
+    "offload_resident": "seconds_a_chunk_resident",
     "offload_block_disk": "seconds_a_chunk_block_disk",
     "offload_leaf_disk": "seconds_a_chunk_leaf_disk",
+}
+NETWORK = {  # a row of each of its sections
+    *("matrix_peak", "forward_stage2_fused", "decode_bf16_channels_last", "fps_overlapped_222_fused"),
+    *("profile_forward_stage2_idle", "profile_chunk_222_matrix_products", "forward_stage0", "attention_math"),
+    *("kernel_rms_norm_rope", "forward_stage2_flash_attention"),
 }
 ABOUT = {"network": "planted", "machine": {"gpu": "card", "processor": "", "commit": "c0ffee"}}
 
@@ -75,6 +79,9 @@ def test_a_rehearsal_runs_every_part(tmp_path):
         assert next(r["ours"] for r in parts[name]["rows"] if r["name"] == row) > 0
         assert {"gpu", "driver", "torch", "triton", "commit", "code"} <= set(parts[name]["about"]["machine"])
         assert f"| {name} | {row} |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert {row["name"] for row in parts["network"]["rows"] if row["ours"]} >= NETWORK
+    listed = (tmp_path / "profile.txt").read_text(encoding="utf-8")
+    assert all(f"{name}: " in listed for name in ("forward_stage2, fused", "chunk_222, eager"))
     assert not (tmp_path / "scratch").exists()
 
 
@@ -94,7 +101,7 @@ def test_a_missing_library_is_listed(tmp_path, monkeypatch):
         ("missing", "pytest not installed"),
         ("missing", "accelerate not installed"),
     ]
-    assert parts["eager"]["state"] == ""
+    assert parts["network"]["state"] == ""
 
 
 def test_what_overruns_or_fails_leaves_the_rest(tmp_path, plant):
