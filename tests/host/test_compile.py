@@ -27,7 +27,7 @@ from harness.errors import difference
 from support.runs import run_node
 
 ONE_STAGE = replace(BASE, steps=(2,), guidance_scale=1.0)
-PYRAMID = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
+PYRAMID = QUICK
 CHUNKS = 3
 
 
