@@ -199,7 +199,7 @@ def through_nodes(compare: Compare) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(f"{folder}/transformer")
         model = load_model(f"{folder}/transformer", "fp32")
-        size = {"width": LATENTS[1] * 8, "height": LATENTS[0] * 8, "frames": 33, "batch_size": 1}
+        size: dict[str, Any] = {"width": LATENTS[1] * 8, "height": LATENTS[0] * 8, "frames": 33, "batch_size": 1}
         inputs = run_node(HeliosHistoryInjection, [[text, {}]], [[text, {}]], **size)
 
         def nodes() -> Tensor:
