@@ -1,7 +1,7 @@
-"""Nothing leaves our nodes in words that the host cannot print: its log breaks on them, and its worker with the log.
+"""Errors, log lines and names in lists, made printable before the host has them.
 
-A name with a lone surrogate is enough, as a file name in another encoding has one. Whatever a node raises goes into the
-log with the errors that led to it.
+Its log breaks on what cannot be printed, and its worker with the log. A name with a lone surrogate is enough, as a file
+name in another encoding has one. Whatever a node raises goes into the log with the errors that led to it.
 """
 
 from __future__ import annotations
