@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host.printable import guarded
+from ..host.guard import guarded
 from . import compile, decode, history, load, prompts, sample, schedule, stream, text
 
 

@@ -9,7 +9,6 @@ from ..host.compat import schema
 from ..host.model.offload_patcher import offloaded_vae, offloading
 from ..host.sockets.decoding import decode_chunks
 from ..host.sockets.vae import check_vae
-from ..host.widget_checks import checked
 from .inputs import DECODE_TOOLTIP, frame_inputs, offload_inputs
 
 
@@ -49,7 +48,6 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(
         cls, latent, vae, trim, drop_first=0, crossfade=0, group_offload="off", blocks_per_group=1
     ) -> io.NodeOutput:

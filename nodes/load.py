@@ -17,7 +17,6 @@ from ..host.messages import Notes
 from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, make_model
 from ..host.model.offload_patcher import WEIGHTS_IN, Offloading, offloading
 from ..host.stream.graph_key import fingerprint
-from ..host.widget_checks import checked
 from .inputs import HeliosScheduleSocket, offload_inputs
 
 DTYPE_TOOLTIP = (
@@ -89,7 +88,6 @@ class HeliosModelLoader(io.ComfyNode):
         return fingerprint(model_name)
 
     @classmethod
-    @checked
     def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         return io.NodeOutput(load(find_model(model_name), dtype, how, weights_in, Notes(cls.hidden.unique_id)))
@@ -131,7 +129,6 @@ class HeliosDiffusersLoader(io.ComfyNode):
         return fingerprint(folder)
 
     @classmethod
-    @checked
     def execute(cls, folder, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         path = find_folder(folder)

@@ -8,7 +8,6 @@ from ..host.compat import schema
 from ..host.messages import Notes
 from ..host.sampling.inputs import frames_asked, prepare, sampled, variant_warning
 from ..host.sampling.whole_video import collect
-from ..host.widget_checks import checked
 from .inputs import model_inputs, seed_input, seed_mode_input
 
 
@@ -39,7 +38,6 @@ class HeliosChunkedSampler(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
         guider = prepare("Helios Chunked Sampler", model, positive, negative, latent, schedule, seed, seed_mode)
         notes = Notes(cls.hidden.unique_id)

@@ -18,7 +18,6 @@ from ..host.stream.one_pass import OnePass
 from ..host.stream.resuming import pick_up
 from ..host.stream.run_folder import FOLDER, KEPT_RUNS
 from ..host.stream.video_writer import VideoWriter, video_folder
-from ..host.widget_checks import checked
 from .inputs import DECODE_TOOLTIP, frame_inputs, model_inputs, seed_input, seed_mode_input
 
 OVERLAP = ("auto", "off")
@@ -101,7 +100,6 @@ class HeliosStreamVideo(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(
         cls,
         model,

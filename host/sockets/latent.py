@@ -1,4 +1,4 @@
-"""The key that Helios adds to a LATENT."""
+"""LATENT sockets: checked, brought to normalised space and back, with the state of a video beside them."""
 
 from __future__ import annotations
 

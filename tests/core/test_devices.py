@@ -21,10 +21,10 @@ from comfyui_helios.helios_core.pyramid import block_noise, double
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
 from harness import oracle
+from support.core_videos import QUICK
 from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 
 CHUNKS = 2
-QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 PROMPTS_OF_THE_TEST = {"up: the test": 2}
 
 

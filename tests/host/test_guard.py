@@ -13,7 +13,8 @@ from comfy_api.latest import io
 
 from comfyui_helios.host import messages
 from comfyui_helios.host.files import official
-from comfyui_helios.host.printable import guarded, listable, printable_log
+from comfyui_helios.host.guard import guarded
+from comfyui_helios.host.printable import listable, printable_log
 from comfyui_helios.nodes import HeliosExtension
 from comfyui_helios.nodes.load import HeliosModelLoader
 from comfyui_helios.nodes.prompts import HeliosPromptFromFile
@@ -32,7 +33,7 @@ class Node(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema(node_id="Node", inputs=[io.String.Input("text")])
+        return io.Schema(node_id="Node", inputs=[io.Combo.Input("text", options=[])])
 
     @classmethod
     def validate_inputs(cls, text):

@@ -18,6 +18,7 @@ SCHEDULES = {
     "mid": replace(MID, steps=(2, 1, 1), guidance_scale=2.0, zero_steps=0),
     "distilled": replace(DISTILLED, steps=(1, 1, 1)),
 }
+QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 LATENTS = (8, 8)
 
 
