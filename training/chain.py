@@ -1,7 +1,9 @@
 """Train Base, Mid and Distilled one after the other in one process, each for its share of so many seconds.
 
-Base goes on from its committed weights with its text encoder as it is. Each part is written to models/ when it is done,
-so what ends the chain early keeps the parts before. `python training/chain.py --seconds 300 --device cuda`
+Base goes on from its committed weights with its text encoder as it is, and with --again Mid from its own too, else from
+Base. Each part is written to models/ when it is done, so what ends the chain early keeps the parts before.
+
+`python training/chain.py --seconds 300 --device cuda`
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import train_transformer
 from export import write_variant
 from trainer import CACHE, TrainStep
 
-SHARES = {"base": 0.42, "mid": 0.36, "distilled": 0.22}
+SHARES = {"base": 0.4, "mid": 0.35, "distilled": 0.25}
 
 
 def main() -> None:
@@ -26,13 +28,14 @@ def main() -> None:
     parser.add_argument("--pairs", default="5120")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=CACHE)
+    parser.add_argument("--again", action="store_true", help="go on with the finished weights of Mid, too")
     parser.add_argument("--no-graphs", action="store_true", help="launch each kernel of a step by itself")
     options = parser.parse_args()
     TrainStep.uses_graphs = not options.no_graphs
     common = ["--size", options.size, "--device", options.device, "--folder", str(options.folder)]
     common += ["--batch", options.batch, "--steps", "1000000"]
     for variant in ("base", "mid"):
-        own = ["--again"] if variant == "base" else []
+        own = ["--again"] if options.again or variant == "base" else []
         own += ["--seconds", str(SHARES[variant] * options.seconds), "--clips", options.clips, "--more", "1000000"]
         train_transformer.main([variant, *own, *common])
         write_variant(variant, options.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
@@ -15,6 +16,7 @@ from world import FRAMES_PER_CHUNK, render, sample_clip
 CHUNKS = 6
 BLOCK = 25  # clips a file
 AT_ONCE = 5  # clips a call of the VAE
+HARD = 3  # times as often are clips drawn whose motion is learnt last: which way a thing circles
 STILL_FRAMES = 17  # of an image held still: by then its latent has stopped changing
 
 
@@ -32,6 +34,7 @@ class Shelf:
         self.frames = torch.empty(0)  # (N, 54, 16, h, w), float16: chunk after chunk
         self.stills = torch.empty(0)  # (N, 16, h, w): last latent of the clip's first frame held still
         self.captions: list[list[str]] = []  # of each clip's chunks
+        self.pool = np.empty(0, int)  # numbers of clips, as often as each is to be drawn
         while self._path().exists():
             self._add(torch.load(self._path(), weights_only=True))
         log.info("%d encoded clips of side %d", len(self.frames), self.size)
@@ -44,7 +47,9 @@ class Shelf:
             old, new = getattr(self, name), block[name].to(self.device)
             setattr(self, name, torch.cat([old, new]) if len(old) else new)
         for number in range(len(self.captions), len(self.frames)):
-            self.captions.append([act.caption for act in sample_clip(self.first + number, CHUNKS).acts])
+            acts = sample_clip(self.first + number, CHUNKS).acts
+            self.captions.append([act.caption for act in acts])
+            self.pool = np.append(self.pool, [number] * (HARD if acts[0].motion.startswith("orbit") else 1))
 
     @torch.no_grad()
     def grow(self, total: int) -> None:

@@ -41,7 +41,7 @@ class Example:
 
 def draw(shelf: Shelf, rng: np.random.Generator, noise: torch.Generator, count: int) -> Example:
     """Random chunks with what came before them, the history damaged, some captions withheld."""
-    numbers = rng.integers(len(shelf.frames), size=count)
+    numbers = shelf.pool[rng.integers(len(shelf.pool), size=count)]
     chunks = np.where(rng.random(count) < FIRST, 0, rng.integers(1, CHUNKS, size=count))
     captions = [shelf.captions[number][chunk] for number, chunk in zip(numbers, chunks, strict=True)]
     for row in np.flatnonzero(rng.random(count) < 0.1):
