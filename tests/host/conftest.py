@@ -15,6 +15,14 @@ load_comfyui(base.name)
 
 
 @pytest.fixture
+def nothing_shipped(tmp_path, monkeypatch):
+    """The lists hold what a test puts into the host's folders, and no Helios-Tiny behind it."""
+    from comfyui_helios.host.files import shipped
+
+    monkeypatch.setattr(shipped, "MODELS", tmp_path / "nowhere")
+
+
+@pytest.fixture
 def shown(monkeypatch):
     """What nodes write onto themselves, as (text, node id)."""
     messages = []
