@@ -28,8 +28,8 @@ BIN := "$(VENV)/bin"
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
-	@echo "make demo         a video through a real ComfyUI server, on tiny random weights"
-	@echo "                    HELIOS_MODELS=<ComfyUI models folder>  real weights instead"
+	@echo "make demo         a video through a real ComfyUI server, by the small model that comes with the pack"
+	@echo "                    HELIOS_MODELS=<ComfyUI models folder>  weights of your own instead"
 	@echo "                    HELIOS_WORKFLOW=<json>                 another workflow (UI or API format)"
 	@echo "make test         all tests; also test-core, test-host, test-server"
 	@echo "                    BROWSER=0                              without the browser tests"

@@ -6,11 +6,13 @@ import os
 import pytest
 from PIL import Image
 
-from harness.small import FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
+from harness.small import FIRST_RUN, FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
 
 pytestmark = pytest.mark.browser
 # `make pictures` takes them anew.
 PICTURES = ROOT / ("workflows" if os.environ.get("UPDATE_PICTURES") else "build/pictures")
+
+ENLARGED = {FIRST_RUN: 3, "helios_upscale": 2}
 
 SET_WIDGETS = """values => { const before = {}
     for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) {
@@ -57,12 +59,13 @@ def test_a_workflow_opens_runs_and_plays(page, files, name):
     assert page.warnings() == []
     assert page.page.evaluate(OVERLAPS) == []
     shown = {key: value for node in state["nodes"] for key, value in node["widgets"].items()}
-    assert (shown["width"], shown["height"], shown["fps"]) == (640, 384, 24)
+    first = name == FIRST_RUN
+    assert (shown["width"], shown["height"], shown["fps"]) == ((128, 128, 24) if first else (640, 384, 24))
     if "t2v" in name:
         assert shown["frames"] == 264
 
     borrowed = page.page.evaluate(BORROW_CLIP)
-    before = json.loads(page.page.evaluate(SET_WIDGETS, {**SMALL, "seed": 1}))
+    before = json.loads(page.page.evaluate(SET_WIDGETS, {"seed": 42} if first else {**SMALL, "seed": 1}))
     result = page.run(120_000)
     assert result["kind"] == "execution_success", result
     page.page.evaluate(SET_WIDGETS, before)
@@ -72,7 +75,7 @@ def test_a_workflow_opens_runs_and_plays(page, files, name):
     played = json.loads(page.page.evaluate(PLAY))
     assert played["found"] and played["moved"] and played["error"] is None, played
     assert played["duration"] == pytest.approx(FRAMES.get(name, 66) / 24, abs=0.1)
-    assert played["width"] == SMALL["width"] * (2 if name == "helios_upscale" else 1)
+    assert played["width"] == SMALL["width"] * ENLARGED.get(name, 1)
     assert page.errors == []
 
     PICTURES.mkdir(parents=True, exist_ok=True)
