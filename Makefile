@@ -46,7 +46,7 @@ help:
 	@echo "                    FRESH=1                                run what is finished, too"
 	@echo "                    TINY=1                                 rehearse on toy sizes, on any machine"
 	@echo "make gpu-summary  its table, from the files that are there"
-	@echo "make pictures     the workflows' pictures anew, from runs in the page"
+	@echo "make pictures     the workflows' pictures anew, from runs of Helios-Tiny in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
 	@echo "make clean        remove what was built, and the environment if make setup has made it"
 
