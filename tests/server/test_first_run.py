@@ -33,9 +33,9 @@ def test_the_background_is_black(video):
 
 
 def test_something_small_and_red_is_on_it(red):
-    assert 0.01 < np.median(red.mean((1, 2))) < 0.07  # the ball of the prompt covers 3.5 %
+    assert 0.01 < np.median(red.mean((1, 2))) < 0.06  # the ball of the prompt covers 3.5 %
 
 
 def test_it_goes_around(red):
     seen = [np.argwhere(frame).mean(0) / SIZE for frame in red if frame.any()]
-    assert np.ptp(seen, axis=0) == pytest.approx([0.42, 0.42], abs=0.2)  # the diameter of its circle
+    assert np.ptp(seen, axis=0).min() > 0.25  # its circle is 0.42 wide
