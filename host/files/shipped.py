@@ -1,4 +1,7 @@
-"""Helios-Tiny, which comes with the pack: a folder for each variant, and one for the parts that they share."""
+"""Helios-Tiny, which comes with the pack: a folder for each variant, and one for the parts that they share.
+
+No links lead there: they would survive neither the registry's zip file nor Windows.
+"""
 
 from __future__ import annotations
 

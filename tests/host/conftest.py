@@ -17,9 +17,7 @@ load_comfyui(base.name)
 @pytest.fixture
 def nothing_shipped(tmp_path, monkeypatch):
     """The lists hold what a test puts into the host's folders, and no Helios-Tiny behind it."""
-    from comfyui_helios.host.files import shipped
-
-    monkeypatch.setattr(shipped, "MODELS", tmp_path / "nowhere")
+    monkeypatch.setattr("comfyui_helios.host.files.shipped.MODELS", tmp_path / "nowhere")
 
 
 @pytest.fixture

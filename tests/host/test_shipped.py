@@ -76,8 +76,8 @@ def test_nothing_else_of_the_pack_is_a_model(users, name):
 def test_each_variant_loads_whole(users, name, variant):
     model, clip, vae, schedule = run_node(HeliosDiffusersLoader, name, "fp32")
     assert (model.model.diffusion_model.config.text_dim, schedule.variant) == (64, variant)
-    [[*ids]] = tokenize(clip, "A small red ball circles counterclockwise on a black background.").values()
-    assert UNKNOWN not in [token for token, _ in ids[0]]
+    [[tokens]] = tokenize(clip, "A small red ball circles counterclockwise on a black background.").values()
+    assert UNKNOWN not in [token for token, _ in tokens]
     assert clip.encode_from_tokens(tokenize(clip, "red")).shape == (1, 512, 64)
     frames = torch.full((1, 64, 64, 3), 0.06)  # the toy's black, and a red square
     frames[:, 20:44, 20:44] = torch.tensor([0.90, 0.10, 0.12])
