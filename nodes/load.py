@@ -101,15 +101,16 @@ class HeliosDiffusersLoader(io.ComfyNode):
             display_name="Helios Diffusers Loader",
             category="Helios/loaders",
             description=(
-                "Loads everything from an official Helios folder in models/diffusers: transformer, text encoder, VAE "
-                "and the variant's schedule."
+                "Loads everything from an official Helios folder in models/diffusers, or Helios-Tiny, which comes with "
+                "the pack: transformer, text encoder, VAE and the variant's schedule."
             ),
             search_aliases=["helios", "load diffusers"],
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=list_folders(),
-                    tooltip="A copy of BestWishYsh/Helios-Distilled, -Mid or -Base below models/diffusers.",
+                    tooltip="A copy of BestWishYsh/Helios-Distilled, -Mid or -Base below models/diffusers. Helios-Tiny "
+                    "comes with the pack: a toy that draws coloured shapes.",
                 ),
                 dtype_input(),
                 *offload_inputs(),

@@ -77,9 +77,9 @@ class NamedFiles:
     def of(self, text: str) -> Iterator[tuple[str, str, FileFacts]]:
         """(kind of folder, name, facts) of each file; none for a text that names none."""
         if folder := self.official.get(text):
-            for path in official.used_files(folder):
+            for name, path in official.used_files(folder).items():
                 if facts := facts_of(path):  # a download that was cut off leaves links to nothing
-                    yield "diffusers", path.relative_to(folder).as_posix(), facts
+                    yield "diffusers", name, facts
             return
         if not text or "\0" in text:
             return

@@ -135,7 +135,7 @@ def test_names_that_the_page_cannot_show_are_left_out_and_the_log_says_so_once(c
     assert r"'caf\udce9.left_out' is on no list" in caplog.text
 
 
-def test_every_list_of_options_leaves_them_out(tmp_path, monkeypatch):
+def test_every_list_of_options_leaves_them_out(tmp_path, monkeypatch, nothing_shipped):
     inputs, diffusers, models = (tmp_path / name for name in ("input", "diffusers", "diffusion_models"))
     for name in ["plain", *UNLISTED]:
         (diffusers / name / "transformer").mkdir(parents=True)
