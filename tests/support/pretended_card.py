@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from comfyui_helios.helios_core import elementwise
 from comfyui_helios.helios_core.generate import Step
 
 needs_cuda_build = pytest.mark.skipif(
@@ -72,9 +73,11 @@ class Crossing:
 
 @contextmanager
 def pretended_card(host: Path | None = None) -> Iterator[Card]:
-    """While the context lasts, this thread has a `cuda:0`. host is where the host's own code lies."""
+    """While the context lasts, this thread has a `cuda:0`, on which no kernels of Triton run. host is where the host's
+    own code lies."""
     roots = (*PACK, str(host)) if host else PACK
-    with patch.object(nn.Module, "_apply", move), FakeTensorMode() as fake, Card(fake, roots) as card:
+    plain = patch.object(elementwise, "_kernels_run", lambda device: False)
+    with patch.object(nn.Module, "_apply", move), plain, FakeTensorMode() as fake, Card(fake, roots) as card:
         yield card
 
 
