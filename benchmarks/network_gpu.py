@@ -17,6 +17,7 @@ from parts import MissingError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from helios_core.checkpoint import published_name
 from helios_core.config import CHUNK_FRAMES
 from helios_core.generate import Run, generate
 from helios_core.history import History, Memory
@@ -142,7 +143,8 @@ def _diffusers(network: HeliosTransformer) -> Any:
 
     with torch.device("meta"):
         peer = HeliosTransformer3DModel(**network.config.to_dict())
-    peer.load_state_dict(network.state_dict(), assign=True)
+    weights = {published_name(name): weight for name, weight in network.state_dict().items()}
+    peer.load_state_dict(weights, assign=True)
     peer.rope = type(peer.rope)(rope_dim=network.config.rope_dim, theta=network.config.rope_theta).to(device())
     return peer.eval()
 

@@ -19,6 +19,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...helios_core.checkpoint import published_name
 from ...helios_core.config import Variant
 from ...helios_core.history import History, HistoryLayout, Memory
 from ...helios_core.regular_file import FileFacts
@@ -116,6 +117,9 @@ class HeliosModelConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.Wan21
     supported_inference_dtypes = SUPPORTED_DTYPES
     memory_usage_factor = 1.0
+
+    def process_unet_state_dict_for_saving(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return super().process_unet_state_dict_for_saving({published_name(k): x for k, x in state_dict.items()})
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HeliosModel:
         return HeliosModel(self, device=device)
