@@ -22,6 +22,7 @@ from torch import Tensor
 from ...helios_core.checkpoint import published_name
 from ...helios_core.config import Variant
 from ...helios_core.history import History, HistoryLayout, Memory
+from ...helios_core.lora_names import lora_names
 from ...helios_core.regular_file import FileFacts
 from ...helios_core.schedule import TRAIN_STEPS
 from ...helios_core.transformer import LONG_POOL, MID_POOL
@@ -82,6 +83,11 @@ class HeliosModel(comfy.model_base.BaseModel):
         flow = comfy.model_base.ModelType.FLOW
         super().__init__(model_config, flow, device=device, unet_model=HeliosNetwork)
         self.model_sampling = FlowSampling()
+
+    def lora_names(self) -> dict[str, str]:
+        """Modules as LoRA files spell them, and the weight of each in this model: what `offer_lora_names` asks for."""
+        names = lora_names(self.diffusion_model.state_dict())
+        return {spelled: f"diffusion_model.{weight}" for spelled, weight in names.items()}
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
         """Shapes by which the host sizes memory before sampling, beside the noise's; a cond then carries a Memory."""
