@@ -77,12 +77,25 @@ class HeliosModel(comfy.model_base.BaseModel):
     """What MODEL sockets carry. `variant` is what the checkpoint says of itself, if it does."""
 
     variant: Variant | None = None
+    _history: Mapping[str, Any] = {}
     files: Collection[FileFacts] = ()  # that its weights were read from, and may still be mapped to
 
     def __init__(self, model_config: HeliosModelConfig, device: Any = None):
         flow = comfy.model_base.ModelType.FLOW
         super().__init__(model_config, flow, device=device, unet_model=HeliosNetwork)
         self.model_sampling = FlowSampling()
+
+    @contextmanager
+    def showing(self, history: Mapping[str, Any]) -> Iterator[None]:
+        """During one step of a chunk: conds that other nodes make of their own, as Perp-Neg does, get its history."""
+        self._history = history
+        try:
+            yield
+        finally:
+            self._history = {}
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        return {**super().extra_conds(**kwargs), **self._history}
 
     def lora_names(self) -> dict[str, str]:
         """Modules as LoRA files spell them, and the weight of each in this model: what `offer_lora_names` asks for."""

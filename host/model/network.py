@@ -22,6 +22,7 @@ from ...helios_core.history import History, HistoryLayout
 from ...helios_core.layers import Block, Modulation
 from ...helios_core.prepared import PreparedText
 from ...helios_core.transformer import BlockText, HeliosTransformer
+from .foreign_patches import check_foreign
 from .run_cache import CACHE_KEY, RunCache
 
 
@@ -68,6 +69,7 @@ class HeliosNetwork(HeliosTransformer):
         cache: RunCache | None = None if torch.compiler.is_compiling() else transformer_options.get(CACHE_KEY)
         prompt = context if cache is None else cache.text(self, transformer_options.get("uuids", ()), context)
         past = history if cache is None else cache.history(self, history)
+        check_foreign(transformer_options)
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
