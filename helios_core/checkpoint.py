@@ -25,7 +25,8 @@ from .transformer import HeliosTransformer
 CONFIG_KEY, VARIANT_KEY = "helios_config", "helios_variant"  # in the metadata of files that we write
 HEAD_DIM = 128  # of every published checkpoint; shapes alone do not tell it
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+IN_CHECKPOINTS = "model.diffusion_model."  # as ComfyUI saves models, alone or together with text encoder and VAE
+PREFIXES = (IN_CHECKPOINTS, "diffusion_model.", "transformer.")
 RENAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -163,9 +164,13 @@ def _refuse_foreign(path: Path, stored: Collection[str]) -> None:
 
 def _canonical(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Give the tensors the names that `HeliosTransformer` has for them."""
-    prefix = next((p for p in PREFIXES if 2 * sum(key.startswith(p) for key in stored) > len(stored)), "")
+    prefix = next((p for p in PREFIXES if any(p + patch in stored for patch in HISTORY_PATCHES)), "")
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
+        if prefix == IN_CHECKPOINTS and not key.startswith(
+            prefix
+        ):  # text encoder and VAE, in a file of Save Checkpoint
+            continue
         name = key.removeprefix(prefix)
         if "norm_added_q" in name:  # old exports carry this unused norm
             continue

@@ -6,14 +6,25 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from comfy_extras.nodes_model_merging import ModelMergeBlocks, ModelMergeSimple, ModelSave, ModelSubtract
-from safetensors.torch import load_file
+from comfy_extras.nodes_model_merging import (
+    CheckpointSave,
+    ModelMergeBlocks,
+    ModelMergeSimple,
+    ModelSave,
+    ModelSubtract,
+)
+from safetensors.torch import load_file, save_file
 
+from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.model import offload_patcher
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.offload_patcher import Offloading
 from harness import oracle
 from harness.errors import difference
+from harness.tiny import TEXT_DIM, make_official_folder
+from support.checkpoints import make_weights
 from support.runs import QUICK, sample
 
 AMPLIFIED = {"is_amplify_history": True}  # so that every kind of tensor is there
@@ -82,11 +93,32 @@ def test_a_difference_of_models_as_a_lora_file_reaches_tables_by_their_published
     assert difference(sample(patched, QUICK)["samples"], expected) < 1e-5
 
 
+def saving_into(folder, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_save_image_path", lambda *_: (str(folder), "merged", 0, "", ""))
+
+
 def test_a_saved_model_has_the_names_of_published_files(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "get_save_image_path", lambda *_: (str(tmp_path), "merged", 0, "", ""))
+    saving_into(tmp_path, monkeypatch)
     first, second = (load_model(folder, "fp32") for folder in folders)
     [difference_of_both] = ModelSubtract().merge(first, second, 1.0)
     ModelSave().save(difference_of_both, "merged")
     [file] = tmp_path.glob("*.safetensors")
     wanted = {f"model.diffusion_model.{name}" for name in oracle.transformer(0, **AMPLIFIED).state_dict()}
     assert load_file(file).keys() == wanted
+
+
+def test_a_checkpoint_saved_with_text_encoder_and_vae_loads_again(tmp_path, monkeypatch):
+    """By its shapes: the host's metadata says nothing of the model, and most tensors are not the model's."""
+    saving_into(tmp_path, monkeypatch)
+    make_official_folder(tmp_path / "parts", "base")
+    config = TransformerConfig(num_attention_heads=1, text_dim=TEXT_DIM, freq_dim=32, ffn_dim=64, num_layers=1)
+    weights = {name: 0.1 * weight for name, weight in make_weights(config).items()}
+    save_file(weights, tmp_path / "parts" / "model.safetensors")
+    model = load_model(str(tmp_path / "parts" / "model.safetensors"), "fp32")
+    clip, vae = load_text_encoder(tmp_path / "parts", torch.float32), load_vae(tmp_path / "parts")
+    CheckpointSave().save(model, clip, vae, "merged")
+    [file] = tmp_path.glob("*.safetensors")
+    assert len(load_file(file)) > 2 * len(weights)
+    again = load_model(str(file), "fp32")
+    assert again.model.diffusion_model.config == config
+    assert difference(sample(again, QUICK)["samples"], sample(model, QUICK)["samples"]) < 1e-5
