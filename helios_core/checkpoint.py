@@ -167,10 +167,8 @@ def _canonical(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Stor
     prefix = next((p for p in PREFIXES if any(p + patch in stored for patch in HISTORY_PATCHES)), "")
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
-        if prefix == IN_CHECKPOINTS and not key.startswith(
-            prefix
-        ):  # text encoder and VAE, in a file of Save Checkpoint
-            continue
+        if prefix == IN_CHECKPOINTS and not key.startswith(prefix):
+            continue  # text encoder or VAE
         name = key.removeprefix(prefix)
         if "norm_added_q" in name:  # old exports carry this unused norm
             continue
