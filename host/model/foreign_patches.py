@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,9 +40,9 @@ def check_model_options(node: str, patcher: Any) -> None:
 
 def node_of(function: Any) -> str:
     """The class that a function or an object was made in, which for most nodes is the node's."""
-    module = getattr(function, "__module__", type(function).__module__)
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{name.split('.')[0]} ({module.split('.')[-1]})"
+    made = function if hasattr(function, "__qualname__") else type(function)
+    file = re.split(r"[./\\]", made.__module__)[-1]  # the host calls a node's module by its path
+    return f"{made.__qualname__.split('.')[0]} ({file})"
 
 
 def _unheeded(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ class HeliosNetwork(HeliosTransformer):
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, device: Any = None, operations: Any = None, **_):
         super().__init__(config, dtype=dtype, device=device, operations=operations)
+        self.in_channels = config.in_channels  # other nodes look it up here
 
     def forward(  # type: ignore[override]  # the host calls it by these names
         self,
@@ -62,7 +63,8 @@ class HeliosNetwork(HeliosTransformer):
     ) -> Tensor:
         if history_long is None or history_mid is None or history_short is None or history_layout is None:
             raise ValueError(
-                "A Helios model got no history. It cannot be sampled with KSampler: use Helios Chunked Sampler."
+                "A Helios model cannot be sampled with KSampler and the like, which give it no history: use Helios "
+                "Chunked Sampler."
             )
         history = History(history_long, history_mid, history_short, history_layout.indices)
         # A whole network under torch.compile uses none: newer hosts leave transformer_options out of its guards.

@@ -12,7 +12,7 @@ from ...helios_core.generate import Run
 from ...helios_core.schedule import Schedule
 from ...helios_core.video import VideoStart, VideoState
 from ..model.base_model import FlowSampling, HeliosModel
-from ..model.foreign_patches import check_model_options
+from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
 from ..sockets.conditioning import check_conditioning, find_history
 from ..sockets.latent import STATE_KEY, asked_frames, check_latent
@@ -79,10 +79,10 @@ def check_sampling(
     check_model(node, model_patcher)
     check_model_options(node, model_patcher)
     check_schedule(schedule)
-    if not isinstance(model_patcher.get_model_object("model_sampling"), FlowSampling):
+    if not isinstance(sampling := model_patcher.get_model_object("model_sampling"), FlowSampling):
         raise ValueError(
-            "The MODEL went through a node that replaces its sampling (such as ModelSamplingSD3). "
-            "Take that node out: the shift of Helios is part of its schedule."
+            f"The MODEL went through {node_of(type(sampling))}, which replaces its sampling. Take that node out: the "
+            "shift of Helios is part of its schedule."
         )
     for name, conditioning in (("positive", positive), ("negative", negative)):
         check_conditioning(conditioning, name)
