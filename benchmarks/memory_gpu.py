@@ -20,7 +20,7 @@ from card import TEXT_LENGTH, device, random
 from measure import Peak, Row
 from parts import require
 
-from helios_core.checkpoint import CONFIG_KEY, target_dtypes
+from helios_core.checkpoint import CONFIG_KEY, published_name, target_dtypes
 from helios_core.config import NATIVE_HEIGHT, NATIVE_WIDTH, SPATIAL_SCALE, TransformerConfig
 from helios_core.generate import Run, generate
 from helios_core.history import Memory
@@ -87,6 +87,7 @@ def write_weights(file: Path, config: TransformerConfig) -> None:
         name: (torch.randn(tensor.shape, device=device()) / tensor.shape[-1] ** 0.5).to("cpu", dtypes[name])
         for name, tensor in empty.items()
     }
+    weights = {published_name(name): weight for name, weight in weights.items()}
     unfinished = file.with_suffix(".new")
     save_file(weights, unfinished, {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())})
     unfinished.replace(file)

@@ -93,7 +93,7 @@ def networks(config: dict[str, Any]) -> tuple[Any, HeliosTransformer]:
     """diffusers' and ours, on the same weights."""
     reference = oracle.transformer(0, **config)
     ours = HeliosTransformer(TransformerConfig(**config))
-    ours.load_state_dict(reference.state_dict())
+    ours.load_state_dict(oracle.weights(reference))
     return reference, ours.eval()
 
 

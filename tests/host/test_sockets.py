@@ -42,7 +42,7 @@ CHOICES = [
     (node, widget.id)
     for node, cls in NODES.items()
     for widget in cls.define_schema().inputs
-    if isinstance(widget, io.Combo.Input) and widget.id not in ("file", "folder", "model_name")
+    if isinstance(widget, io.Combo.Input) and widget.id not in ("file", "folder", "model_name", "lora_name")
 ]
 
 

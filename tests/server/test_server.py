@@ -257,7 +257,7 @@ def test_a_minute_of_video(server, info):
 
 def test_every_node_has_a_help_page(server, info):
     ours = [name for name, node in info.items() if node["python_module"] == "custom_nodes.ComfyUI-Helios"]
-    assert len(ours) == 14
+    assert len(ours) == 15
     for name in ours:
         with urllib.request.urlopen(f"{server.url}/extensions/ComfyUI-Helios/docs/{name}.md") as page:
             assert page.read().decode().startswith(f"# {info[name]['display_name']}")
