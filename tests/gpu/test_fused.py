@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from comfyui_helios.helios_core import elementwise
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.helios_core.layers import Modulation
+from comfyui_helios.helios_core.layers import Modulation, Table
 from comfyui_helios.helios_core.rope import rope_table
 from harness.errors import difference, mean_error
 from support.core_videos import LATENTS, SCHEDULES, network, video
@@ -39,7 +39,7 @@ def inputs(device, batch, tokens, width, dtype):
         return torch.randn(shape, generator=rng).to(device, dtype)
 
     rows = random(1, 2, width, dtype=torch.float32), random(batch, 2, width, dtype=torch.float32)
-    shift, scale = Modulation(*rows, min(4, tokens)).chunk(random(1, 2, width, dtype=torch.float32), 2)
+    shift, scale = Modulation(*rows, min(4, tokens)).chunk(Table(random(1, 2, width, dtype=torch.float32)))
     layer_norm = nn.LayerNorm(width, eps=EPS, device=device)
     rms_norm = nn.RMSNorm(width, eps=EPS, device=device, dtype=dtype)
     for parameter in (layer_norm.weight, layer_norm.bias, rms_norm.weight):
