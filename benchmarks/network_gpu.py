@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -41,6 +42,12 @@ from helios_core.transformer import HeliosTransformer
 
 RECOMPILE_LIMIT = 64  # as the node Helios Compile has it
 STEPS = ((1, 1, 1), (2, 2, 2))
+# What other versions of torch, Triton and diffusers may raise, and a card that is too small.
+LIBRARY_ERRORS: tuple[type[Exception], ...] = (RuntimeError, ImportError, ValueError, TypeError, AttributeError)
+if importlib.util.find_spec("triton") is not None:
+    from triton.runtime.errors import TritonError
+
+    LIBRARY_ERRORS += (TritonError,)
 
 
 def rows(shape: Shape, folder: Path) -> Iterator[Row]:
@@ -95,7 +102,8 @@ def section(name: str, rows: Iterable[Row]) -> Generator[Row, None, Any]:
     """The rows, up to an error, which becomes a row; returns what they return, or else None."""
     try:
         return (yield from rows)
-    except RuntimeError as error:  # out of memory too
+    except LIBRARY_ERRORS as error:
+        traceback.print_exc()
         yield Row.open(name, first_line(error))
     return None
 
@@ -106,9 +114,11 @@ def fusing(network: HeliosTransformer, interpreted: bool = False) -> Iterator[No
     blocks = [cast(Block, block) for block in network.blocks]
     for block in blocks:
         block.fuse = interpreted or device().type == "cuda"
-    yield
-    for block in blocks:
-        block.fuse = False
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.fuse = False
 
 
 def _compile(network: Any, shape: Shape) -> None:
