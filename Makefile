@@ -28,8 +28,8 @@ BIN := "$(VENV)/bin"
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
-	@echo "make demo         a video through a real ComfyUI server, on tiny random weights"
-	@echo "                    HELIOS_MODELS=<ComfyUI models folder>  real weights instead"
+	@echo "make demo         a video through a real ComfyUI server, by the small model that comes with the pack"
+	@echo "                    HELIOS_MODELS=<ComfyUI models folder>  weights of your own instead"
 	@echo "                    HELIOS_WORKFLOW=<json>                 another workflow (UI or API format)"
 	@echo "make test         all tests; also test-core, test-host, test-server"
 	@echo "                    BROWSER=0                              without the browser tests"
@@ -46,7 +46,7 @@ help:
 	@echo "                    FRESH=1                                run what is finished, too"
 	@echo "                    TINY=1                                 rehearse on toy sizes, on any machine"
 	@echo "make gpu-summary  its table, from the files that are there"
-	@echo "make pictures     the workflows' pictures anew, from runs in the page"
+	@echo "make pictures     the workflows' pictures anew, from runs of Helios-Tiny in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
 	@echo "make clean        remove what was built, and the environment if make setup has made it"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harness.errors import mean_error
 from helios_core import elementwise
 from helios_core.history import Memory
-from helios_core.layers import GELU, Block, Modulation
+from helios_core.layers import GELU, Block, Modulation, Table
 from helios_core.transformer import HeliosTransformer
 
 WARPS = (4, 8, 16)
@@ -57,7 +57,7 @@ def calls(network: HeliosTransformer, shape: Shape) -> dict[str, tuple[Callable[
     x, update = random(1, tokens, width), random(1, tokens, width)
     noisy = update[:, past:].contiguous()
     row = torch.randn(1, 6, width, device=device()) / 10
-    shift, scale, gate, *_ = Modulation(row, row, past).chunk(row, 6)
+    shift, scale, gate, *_ = Modulation(row, row, past).chunk(Table(row))
     layer_norm = nn.LayerNorm(width, eps=1e-6, device=device())
     rms_norm = nn.RMSNorm(width, eps=1e-6, device=device(), dtype=torch.bfloat16)
     rope = torch.randn(2, tokens, width // heads // 2, device=device())

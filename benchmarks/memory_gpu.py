@@ -19,13 +19,13 @@ import torch
 from card import TEXT_LENGTH, device, random
 from measure import Peak, Row
 from parts import require
-from torch import Tensor
 
-from helios_core.checkpoint import CONFIG_KEY, target_dtypes
+from helios_core.checkpoint import CONFIG_KEY, published_name, target_dtypes
 from helios_core.config import NATIVE_HEIGHT, NATIVE_WIDTH, SPATIAL_SCALE, TransformerConfig
-from helios_core.generate import PredictFlow, Run, generate
-from helios_core.history import History, Memory
+from helios_core.generate import Run, generate
+from helios_core.history import Memory
 from helios_core.loading import load_transformer
+from helios_core.predict import bind_transformer
 from helios_core.schedule import DISTILLED
 from helios_core.transformer import HeliosTransformer
 
@@ -61,17 +61,7 @@ def rows(case: str, file: Path, tiny: bool) -> Iterator[Row]:
         if not settings:
             model.to(device())
         text = random(1, TEXT_LENGTH, model.config.text_dim)
-
-        # Not `bind_transformer`: it prepares prompts outside of the blocks' forwards, where their weights are absent.
-        def bind(index: int, history: History) -> PredictFlow:
-            past = history.to(torch.bfloat16)
-
-            def predict(latents: Tensor, timestep: float, sigma: float) -> Tensor:
-                time = torch.tensor([timestep], device=latents.device)
-                return model(latents.bfloat16(), time, text, past).to(latents.dtype)
-
-            return predict
-
+        bind = bind_transformer(model, schedule, text, prepare_prompts=False)
         memory = Memory.empty(1, height, width).to(device())
         times = []
         with Offloader(model, device(), **settings) if settings else nullcontext():
@@ -97,6 +87,7 @@ def write_weights(file: Path, config: TransformerConfig) -> None:
         name: (torch.randn(tensor.shape, device=device()) / tensor.shape[-1] ** 0.5).to("cpu", dtypes[name])
         for name, tensor in empty.items()
     }
+    weights = {published_name(name): weight for name, weight in weights.items()}
     unfinished = file.with_suffix(".new")
     save_file(weights, unfinished, {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())})
     unfinished.replace(file)

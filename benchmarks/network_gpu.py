@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.errors import mean_error
 from helios_core import elementwise
+from helios_core.checkpoint import published_name
 from helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, LATENT_CHANNELS
 from helios_core.generate import Run, generate
 from helios_core.history import History, Memory
@@ -307,7 +308,8 @@ def _diffusers(network: HeliosTransformer) -> Any:
 
     with torch.device("meta"):
         peer = HeliosTransformer3DModel(**network.config.to_dict())
-    peer.load_state_dict(network.state_dict(), assign=True)
+    weights = {published_name(name): weight for name, weight in network.state_dict().items()}
+    peer.load_state_dict(weights, assign=True)
     peer.rope = type(peer.rope)(rope_dim=network.config.rope_dim, theta=network.config.rope_theta).to(device())
     return peer.eval()
 

@@ -24,7 +24,6 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import decode
@@ -94,7 +93,7 @@ def networks(config: dict[str, Any]) -> tuple[Any, HeliosTransformer]:
     """diffusers' and ours, on the same weights."""
     reference = oracle.transformer(0, **config)
     ours = HeliosTransformer(TransformerConfig(**config))
-    ours.load_state_dict(reference.state_dict())
+    ours.load_state_dict(oracle.weights(reference))
     return reference, ours.eval()
 
 
@@ -193,20 +192,18 @@ def through_nodes(compare: Compare) -> Iterator[Row]:
     from comfyui_helios.host.model.loading import load_model
     from comfyui_helios.nodes.history import HeliosHistoryInjection
     from comfyui_helios.nodes.sample import HeliosChunkedSampler
-
-    def run(node: type, *args: Any, **kwargs: Any) -> Any:
-        return type("Node", (node,), {"hidden": SimpleNamespace(unique_id=None)}).execute(*args, **kwargs).result  # type: ignore[attr-defined]
+    from harness.nodes import run_node
 
     reference, ours = networks(DEEP_CONFIG)
     text = prompt(DEEP_CONFIG)
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(f"{folder}/transformer")
         model = load_model(f"{folder}/transformer", "fp32")
-        size = {"width": LATENTS[1] * 8, "height": LATENTS[0] * 8, "frames": 33, "batch_size": 1}
-        inputs = run(HeliosHistoryInjection, [[text, {}]], [[text, {}]], **size)
+        size: dict[str, Any] = {"width": LATENTS[1] * 8, "height": LATENTS[0] * 8, "frames": 33, "batch_size": 1}
+        inputs = run_node(HeliosHistoryInjection, [[text, {}]], [[text, {}]], **size)
 
         def nodes() -> Tensor:
-            return run(HeliosChunkedSampler, model, *inputs, schedule(1, 1, 1), 0)[0]["samples"]
+            return run_node(HeliosChunkedSampler, model, *inputs, schedule(1, 1, 1), 0)[0]["samples"]
 
         def core() -> Tensor:
             return next(our_chunks(bind_transformer(ours, DISTILLED, text), LATENTS, (1, 1, 1)))

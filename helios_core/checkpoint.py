@@ -25,7 +25,8 @@ from .transformer import HeliosTransformer
 CONFIG_KEY, VARIANT_KEY = "helios_config", "helios_variant"  # in the metadata of files that we write
 HEAD_DIM = 128  # of every published checkpoint; shapes alone do not tell it
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+IN_CHECKPOINTS = "model.diffusion_model."  # as ComfyUI saves models, alone or together with text encoder and VAE
+PREFIXES = (IN_CHECKPOINTS, "diffusion_model.", "transformer.")
 RENAMES = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
@@ -36,9 +37,11 @@ RENAMES = tuple(
         (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
         (r"^(blocks\.\d+\.ffn)\.0\.", r"\1.net.0.proj."),
         (r"^(blocks\.\d+\.ffn)\.2\.", r"\1.net.2."),
-        (r"^scale_shift_table$", "norm_out.scale_shift_table"),
+        (r"^scale_shift_table\b", "norm_out.scale_shift_table"),
+        (r"\b(scale_shift_table|history_key_scale)$", r"\1.weight"),
     )
 )
+BARE = re.compile(r"\b(scale_shift_table|history_key_scale)\.weight$")  # in files without the `.weight`
 BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,8})\.(.+)")  # number of a block, and a tensor's name in it
 HISTORY_PATCHES = ("patch_short.weight", "patch_mid.weight", "patch_long.weight")  # no other model has them
 QUANTISED = re.compile(
@@ -92,6 +95,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = _config(path, folder, metadata, tensors)
     _check(path, config, tensors)
     return Checkpoint(path, config, read_variant(path, metadata), tensors)
+
+
+def own_name(name: str) -> str:
+    """`HeliosTransformer`'s name for a tensor that is called this, without prefix, in some layout of files."""
+    for pattern, replacement in RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def published_name(name: str) -> str:
+    """What the tensor of this name in `HeliosTransformer` is called in files, ours and the published ones."""
+    return BARE.sub(r"\1", name)
 
 
 def target_dtypes(config: TransformerConfig, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -149,17 +164,19 @@ def _refuse_foreign(path: Path, stored: Collection[str]) -> None:
 
 def _canonical(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Give the tensors the names that `HeliosTransformer` has for them."""
-    prefix = next((p for p in PREFIXES if 2 * sum(key.startswith(p) for key in stored) > len(stored)), "")
+    prefix = next((p for p in PREFIXES if any(p + patch in stored for patch in HISTORY_PATCHES)), "")
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
+        if prefix == IN_CHECKPOINTS and not key.startswith(prefix):
+            continue  # text encoder or VAE
         name = key.removeprefix(prefix)
         if "norm_added_q" in name:  # old exports carry this unused norm
             continue
-        for pattern, replacement in RENAMES:
-            name = pattern.sub(replacement, name)
+        name = own_name(name)
         if name in tensors:
+            first, published = tensors[name].key, published_name(name)
             raise CheckpointError(
-                f"{path} holds {quoted(name)} twice, as {quoted(tensors[name].key)} and {quoted(key)}. Remove one."
+                f"{path} holds {quoted(published)} twice, as {quoted(first)} and {quoted(key)}. Remove one."
             )
         tensors[name] = tensor
     return tensors
@@ -209,7 +226,7 @@ def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> Transfo
             "of a head. Give the folder with its config.json, or make a file of it with scripts/convert_checkpoint.py."
         )
     t, h, w = (size("patch_embedding.weight", 2 + i, usual.patch_size[i]) for i in range(3))
-    key_scale = tensors.get("blocks.0.attn1.history_key_scale")
+    key_scale = tensors.get("blocks.0.attn1.history_key_scale.weight")
     return TransformerConfig(
         patch_size=(t, h, w),
         num_attention_heads=width // HEAD_DIM,
@@ -240,7 +257,7 @@ def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTe
     total = len(others) + config.num_layers * len(block)
     if (missing := total - len(tensors) + len(unexpected)) or unexpected:
         names = itertools.chain(others, (f"blocks.{i}.{name}" for i in range(config.num_layers) for name in block))
-        lacking = list(itertools.islice((name for name in names if name not in tensors), SHOWN))
+        lacking = list(itertools.islice((published_name(name) for name in names if name not in tensors), SHOWN))
         raise CheckpointError(
             f"{path} does not fit a Helios transformer of {config.num_layers} blocks: "
             f"{missing} of {total} tensors are missing{': ' if missing else ''}{some(lacking, missing)}; "

@@ -12,19 +12,26 @@ from .transformer import HeliosTransformer
 
 
 def bind_transformer(
-    network: HeliosTransformer, schedule: Schedule, positive: Tensor, negative: Tensor | None = None
+    network: HeliosTransformer,
+    schedule: Schedule,
+    positive: Tensor,
+    negative: Tensor | None = None,
+    *,
+    prepare_prompts: bool = True,
 ) -> BindChunk:
     """Predict with prompts (B, L, text_dim), guided as the schedule says; latents keep their dtype.
 
-    Prompts are prepared once and histories once a chunk, so the weights must not change meanwhile. Raises ValueError
-    where the schedule guides and there is no negative prompt.
+    Prompts are prepared once and histories once a chunk, so the weights must not change meanwhile. Without
+    prepare_prompts every step takes them as they are: under group offloading by blocks, whose weights are there only
+    while their block runs. Raises ValueError where the schedule guides and there is no negative prompt.
     """
     prompts = [positive]
     if schedule.guided:
         if negative is None:
             raise ValueError(f"guidance_scale {schedule.guidance_scale} needs a negative prompt; give its embedding.")
         prompts.append(negative)
-    texts = [network.prepare_text(prompt.to(network.dtype)) for prompt in prompts]
+    raw = [prompt.to(network.dtype) for prompt in prompts]
+    texts = [network.prepare_text(prompt) for prompt in raw] if prepare_prompts else raw
 
     def bind(index: int, history: History) -> PredictFlow:
         past = network.prepare_history(history.to(network.dtype))

@@ -62,6 +62,7 @@ class Schedule:
     # The level whose tokens set a stage's shift. Training and the authors' own inference take the stage's; diffusers
     # (0.42.1) asks before it has upsampled, and so takes the stage below's.
     shift_level: ShiftLevel = "stage"
+    # Where in training's noise each stage begins and the last one ends; an official folder brings its own.
     stage_range: tuple[float, ...] = (0.0, 1 / 3, 2 / 3, 1.0)
     gamma: float = GAMMA_MAX
     shift_tokens: tuple[int, int] = (256, 4096)

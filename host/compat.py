@@ -1,19 +1,23 @@
 """Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.24.
 
-Code elsewhere calls these and asks for no version.
+Code elsewhere calls these and asks for no version. The one function of ComfyUI that we replace is here as well.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
 NEWER = ("search_aliases", "advanced")  # of schemas and inputs: 0.24 has them, 0.3.75 raises TypeError for them
+
+NAMES_OFFERED = "helios_names_offered"  # attribute of the host's function that we replace
 
 # What a widget does after each queued run: 0.24 can be told to begin with "increment"; 0.3.75 knows only on and off
 # here, and its page then begins with "randomize".
@@ -55,6 +59,29 @@ def static_clone(patcher: Any) -> Any:
 def without_dynamic(disable_dynamic: bool) -> dict[str, bool]:
     """Arguments for the host's loaders: only hosts that know the option (0.16 and later) ask us to set it."""
     return {"disable_dynamic": True} if disable_dynamic else {}
+
+
+def offer_lora_names() -> None:
+    """Let the host's LoRA loaders know the names that a model has for its weights in LoRA files.
+
+    A model class can offer none: the host's map of them is hard-coded (0.3.75 to 0.33). A model of ours has
+    `lora_names`; the maps of all others stay as they are. The only thing of the host that we replace, and once only,
+    even where the pack is there twice.
+    """
+    original = comfy.lora.model_lora_keys_unet
+    if hasattr(original, NAMES_OFFERED):
+        return
+
+    @functools.wraps(original)
+    def model_lora_keys_unet(model: Any, key_map: dict | None = None, *args: Any, **kwargs: Any) -> dict:
+        # The host's own default is a dict that all calls without one share.
+        key_map = original(model, {} if key_map is None else key_map, *args, **kwargs)
+        for name, key in getattr(model, "lora_names", dict)().items():
+            key_map.setdefault(name, key)
+        return key_map
+
+    setattr(model_lora_keys_unet, NAMES_OFFERED, True)
+    comfy.lora.model_lora_keys_unet = model_lora_keys_unet
 
 
 def lora_compute_dtype(device: torch.device) -> torch.dtype:

@@ -1,33 +1,16 @@
-"""Nothing leaves our nodes in words that the host cannot print: its log breaks on them, and its worker with the log.
+"""Errors, log lines and names in lists, made printable before the host has them.
 
-A name with a lone surrogate is enough, as a file name in another encoding has one. Whatever a node raises goes into the
-log with the errors that led to it.
+Its log breaks on what cannot be printed, and its worker with the log. A name with a lone surrogate is enough, as a file
+name in another encoding has one. Whatever a node raises goes into the log with the errors that led to it.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from comfy_api.latest import io
 
 from ..helios_core.quoting import printable, quoted
-
-GUARDED = ("define_schema", "validate_inputs", "fingerprint_inputs", "execute")  # what the host calls, and we write
-
-
-def guarded(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """The node, with every error that it raises and every refusal that it returns made printable."""
-    methods: dict[str, Any] = {"__module__": node.__module__}
-    for name in GUARDED:
-        method = getattr(node, name).__func__
-        if method is not getattr(io.ComfyNode, name).__func__:  # the host asks which methods a node has of its own
-            methods[name] = classmethod(_guarded(method))
-    return type(node.__name__, (node,), methods)
 
 
 def printable_log(name: str) -> logging.Logger:
@@ -58,32 +41,9 @@ def listable(names: Iterable[str]) -> list[str]:
     return listed
 
 
-def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-    def checked(result: Any) -> Any:
-        return printable(result) if method.__name__ == "validate_inputs" and isinstance(result, str) else result
-
-    if inspect.iscoroutinefunction(method):
-
-        @functools.wraps(method)
-        async def call_async(*args: Any, **kwargs: Any) -> Any:
-            with _printable_errors():
-                return checked(await method(*args, **kwargs))
-
-        call: Callable[..., Any] = call_async
-    else:
-
-        @functools.wraps(method)
-        def call_now(*args: Any, **kwargs: Any) -> Any:
-            with _printable_errors():
-                return checked(method(*args, **kwargs))
-
-        call = call_now
-    call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]  # the host reads the inputs' names
-    return call
-
-
 @contextmanager
-def _printable_errors() -> Iterator[None]:
+def printable_errors() -> Iterator[None]:
+    """Make an error that passes, and all that led to it, printable."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Progress bar, previews, interruption and short messages on a node."""
+"""Progress bar, previews and interruption of a node."""
 
 from __future__ import annotations
 

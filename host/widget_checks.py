@@ -1,46 +1,22 @@
-"""What stands around every node's work: its widgets are checked, and a lack of memory is told in one sentence."""
+"""Whether the values that a node is given, typed in or over links, are such as its widgets take."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..helios_core.quoting import quoted
-from .out_of_memory import memory_errors
-
-
-def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    """For a node's `execute`, below `@classmethod`.
-
-    Raises ValueError for a value that the widget could not have: the host looks at what is typed in, and there not at
-    NaN and at the values of a V3 combo, and never at what comes over a link.
-    """
-    signature = inspect.signature(execute)
-    schema: io.Schema | None = None  # made once: it lists folders, and what those hold is not checked here
-    many = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]  # such as **slots
-
-    @functools.wraps(execute)
-    def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
-        nonlocal schema
-        values = signature.bind(cls, *args, **kwargs).arguments
-        for name in many:
-            values |= values.get(name, {})
-        schema = schema or cls.define_schema()
-        check_widgets(schema, values)
-        with memory_errors(schema.display_name):
-            return execute(cls, *args, **kwargs)
-
-    run.__signature__ = signature  # type: ignore[attr-defined]  # the host reads the inputs' names
-    return run
 
 
 def check_widgets(schema: io.Schema, values: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first value that its widget could not have."""
+    """Raise ValueError for the first value that its widget could not have; called before each node's work.
+
+    The host looks at what is typed in, and there not at NaN and at the values of a V3 combo, and never at what comes
+    over a link.
+    """
     for widget in schema.inputs:
         if widget.id not in values:
             continue

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host.printable import guarded
-from . import compile, decode, history, load, prompts, sample, schedule, stream, text
+from ..host.guard import guarded
+from . import compile, decode, history, load, lora, prompts, sample, schedule, stream, text
 
 
 class HeliosExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (load, compile, text, prompts, history, schedule, sample, decode, stream)
+        modules = (load, lora, compile, text, prompts, history, schedule, sample, decode, stream)
         return [guarded(node) for module in modules for node in module.NODES]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.compat import advanced, schema
-from ..host.widget_checks import checked
 
 BACKENDS = ("inductor", "cudagraphs")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -46,7 +45,6 @@ class HeliosCompile(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(cls, model, backend="inductor", mode="default") -> io.NodeOutput:
         from ..host.model.compiled import compile_blocks
 

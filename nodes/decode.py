@@ -6,10 +6,10 @@ from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from ..host.compat import schema
+from ..host.messages import Notes
 from ..host.model.offload_patcher import offloaded_vae, offloading
-from ..host.sockets.decoding import decode_chunks
+from ..host.sockets.decoding import decode_chunks, trim_warning
 from ..host.sockets.vae import check_vae
-from ..host.widget_checks import checked
 from .inputs import DECODE_TOOLTIP, frame_inputs, offload_inputs
 
 
@@ -46,16 +46,19 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
                     tooltip="24 frames a second, the models' own rate. Connect it to Create Video, which is set to 30.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    @checked
     def execute(
         cls, latent, vae, trim, drop_first=0, crossfade=0, group_offload="off", blocks_per_group=1
     ) -> io.NodeOutput:
         check_vae(vae)
+        notes = Notes(cls.hidden.unique_id)
         with offloaded_vae(vae, offloading(group_offload, blocks_per_group, "disk")) as decoder:
             images = decode_chunks(latent, decoder, trim, drop_first, crossfade)
+        if warning := trim_warning(latent, trim):
+            notes.warn(warning)
         return io.NodeOutput(images, float(FRAME_RATE))
 
 

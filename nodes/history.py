@@ -27,7 +27,6 @@ from ..host.sockets.conditioning import check_conditioning, set_history
 from ..host.sockets.images import Fit, encode_image, encode_video, needed_frames, prepare_images, video_frames
 from ..host.sockets.latent import STATE_KEY, follow
 from ..host.sockets.vae import check_vae
-from ..host.widget_checks import checked
 
 
 def sigma_input(name: str, default: float, tooltip: str) -> io.Float.Input:
@@ -146,7 +145,6 @@ class HeliosHistoryInjection(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(
         cls,
         positive: list,

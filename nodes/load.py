@@ -17,7 +17,6 @@ from ..host.messages import Notes
 from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, make_model
 from ..host.model.offload_patcher import WEIGHTS_IN, Offloading, offloading
 from ..host.stream.graph_key import fingerprint
-from ..host.widget_checks import checked
 from .inputs import HeliosScheduleSocket, offload_inputs
 
 DTYPE_TOOLTIP = (
@@ -89,7 +88,6 @@ class HeliosModelLoader(io.ComfyNode):
         return fingerprint(model_name)
 
     @classmethod
-    @checked
     def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         return io.NodeOutput(load(find_model(model_name), dtype, how, weights_in, Notes(cls.hidden.unique_id)))
@@ -103,15 +101,16 @@ class HeliosDiffusersLoader(io.ComfyNode):
             display_name="Helios Diffusers Loader",
             category="Helios/loaders",
             description=(
-                "Loads everything from an official Helios folder in models/diffusers: transformer, text encoder, VAE "
-                "and the variant's schedule."
+                "Loads everything from an official Helios folder in models/diffusers, or Helios-Tiny, which comes with "
+                "the pack: transformer, text encoder, VAE and the variant's schedule."
             ),
             search_aliases=["helios", "load diffusers"],
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=list_folders(),
-                    tooltip="A copy of BestWishYsh/Helios-Distilled, -Mid or -Base below models/diffusers.",
+                    tooltip="A copy of BestWishYsh/Helios-Distilled, -Mid or -Base below models/diffusers. Helios-Tiny "
+                    "comes with the pack: a toy that draws coloured shapes.",
                 ),
                 dtype_input(),
                 *offload_inputs(),
@@ -131,7 +130,6 @@ class HeliosDiffusersLoader(io.ComfyNode):
         return fingerprint(folder)
 
     @classmethod
-    @checked
     def execute(cls, folder, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
         path = find_folder(folder)

@@ -18,7 +18,6 @@ from ..host.model.offload_patcher import offloaded_clip, offloading
 from ..host.sockets.conditioning import check_conditioning
 from ..host.sockets.prompt_track import find_track, set_track
 from ..host.sockets.text_encoding import encode_prompt
-from ..host.widget_checks import checked
 from .inputs import NEGATIVE, POSITIVE, offload_inputs
 
 SLOTS = (1, 2, 3, 4)
@@ -92,7 +91,6 @@ class HeliosPromptSchedule(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(
         cls, clip, unit, blend, negative, before=None, group_offload="off", blocks_per_group=1, **slots
     ) -> io.NodeOutput:
@@ -234,7 +232,6 @@ class HeliosPromptFromFile(io.ComfyNode):
         return fingerprint(file)
 
     @classmethod
-    @checked
     def execute(cls, file, index) -> io.NodeOutput:
         prompts = read_prompts(file)
         index %= len(prompts)

@@ -6,9 +6,8 @@ from comfy_api.latest import io
 
 from ..host.compat import schema
 from ..host.messages import Notes
-from ..host.sampling.inputs import frames_asked, prepare, sampled, variant_warning
+from ..host.sampling.inputs import frames_asked, latent_warning, prepare, sampled, variant_warning
 from ..host.sampling.whole_video import collect
-from ..host.widget_checks import checked
 from .inputs import model_inputs, seed_input, seed_mode_input
 
 
@@ -39,11 +38,10 @@ class HeliosChunkedSampler(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
         guider = prepare("Helios Chunked Sampler", model, positive, negative, latent, schedule, seed, seed_mode)
         notes = Notes(cls.hidden.unique_id)
-        if warning := variant_warning(model, schedule):
+        for warning in filter(None, (variant_warning(model, schedule), latent_warning(latent))):
             notes.warn(warning)
         video = collect(guider)
         return io.NodeOutput(sampled(video, frames_asked(latent, guider.run.chunks), guider))

@@ -10,7 +10,6 @@ from ..helios_core.drift import AntiDrift
 from ..helios_core.schedule import BASE, DISTILLED, MID
 from ..host.compat import advanced, schema
 from ..host.sockets.schedule import check_schedule
-from ..host.widget_checks import checked
 from .inputs import HeliosScheduleSocket
 
 DRIFT = AntiDrift()
@@ -84,7 +83,6 @@ class HeliosBaseSchedule(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(cls, steps, guidance_scale, solver) -> io.NodeOutput:
         return io.NodeOutput(replace(BASE, steps=(steps,), guidance_scale=guidance_scale, solver=solver))
 
@@ -121,7 +119,6 @@ class HeliosPyramidSchedule(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(
         cls, steps_stage_1, steps_stage_2, steps_stage_3, guidance_scale, zero_init, zero_steps, shift_level
     ) -> io.NodeOutput:
@@ -162,7 +159,6 @@ class HeliosDistilledSchedule(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(cls, steps_stage_1, steps_stage_2, steps_stage_3, amplify_first_chunk, shift_level) -> io.NodeOutput:
         return io.NodeOutput(
             replace(
@@ -203,7 +199,6 @@ class HeliosAntiDrift(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(cls, schedule, mean_momentum, var_momentum, mean_threshold, var_threshold, strength) -> io.NodeOutput:
         anti_drift = AntiDrift(mean_momentum, var_momentum, mean_threshold, var_threshold, strength)
         return io.NodeOutput(replace(check_schedule(schedule), anti_drift=anti_drift))

@@ -10,15 +10,14 @@ from ..helios_core.config import CHUNK_FRAMES, SPATIAL_SCALE
 from ..host.compat import advanced, schema
 from ..host.messages import Notes
 from ..host.model.offload_patcher import GROUP_OFFLOAD, offloaded_vae, offloading
-from ..host.sampling.inputs import prepare, sampled, variant_warning
-from ..host.sockets.decoding import shown_frames
+from ..host.sampling.inputs import latent_warning, prepare, sampled, variant_warning
+from ..host.sockets.decoding import shown_frames, trim_warning
 from ..host.sockets.vae import check_vae
 from ..host.stream.mp4 import BIT_DEPTHS, check_target, finished_video
 from ..host.stream.one_pass import OnePass
 from ..host.stream.resuming import pick_up
 from ..host.stream.run_folder import FOLDER, KEPT_RUNS
 from ..host.stream.video_writer import VideoWriter, video_folder
-from ..host.widget_checks import checked
 from .inputs import DECODE_TOOLTIP, frame_inputs, model_inputs, seed_input, seed_mode_input
 
 OVERLAP = ("auto", "off")
@@ -101,7 +100,6 @@ class HeliosStreamVideo(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(
         cls,
         model,
@@ -128,7 +126,8 @@ class HeliosStreamVideo(io.ComfyNode):
         shown = shown_frames(latent, guider.run.chunks, trim, drop_first)
         how = offloading(vae_offload, weights_in="disk")
         notes = Notes(cls.hidden.unique_id)
-        if warning := variant_warning(model, schedule):
+        warnings = (variant_warning(model, schedule), latent_warning(latent), trim_warning(latent, trim))
+        for warning in filter(None, warnings):
             notes.warn(warning)
         picked_up = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:

@@ -10,7 +10,6 @@ from ..host.compat import schema
 from ..host.messages import Notes
 from ..host.model.offload_patcher import offloaded_clip, offloading
 from ..host.sockets.text_encoding import encode_prompt
-from ..host.widget_checks import checked
 from .inputs import NEGATIVE, POSITIVE, offload_inputs
 
 
@@ -55,7 +54,6 @@ class HeliosTextEncode(io.ComfyNode):
         )
 
     @classmethod
-    @checked
     def execute(
         cls, clip: Any, positive: str, negative: str, group_offload: str = "off", blocks_per_group: int = 1
     ) -> io.NodeOutput:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helios_core.checkpoint import CONFIG_KEY, VARIANT_KEY, Checkpoint, open_checkpoint, target_dtypes
+from helios_core.checkpoint import CONFIG_KEY, VARIANT_KEY, Checkpoint, open_checkpoint, published_name, target_dtypes
 from helios_core.config import Variant
 from helios_core.regular_file import CheckpointError
 from helios_core.safetensors_file import DTYPES, read_tensors
@@ -49,7 +49,8 @@ def lay_out(checkpoint: Checkpoint, dtype: torch.dtype, variant: Variant | None)
         shape = checkpoint.tensors[name].shape
         start, end = end, end + torch.Size(shape).numel() * dtypes[name].itemsize
         relative[name] = start
-        header[name] = {"dtype": FORMAT_NAMES[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
+        place = [start, end]
+        header[published_name(name)] = {"dtype": FORMAT_NAMES[dtypes[name]], "shape": shape, "data_offsets": place}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     packed = len(text).to_bytes(8, "little") + text

@@ -176,13 +176,15 @@ def count_right(pairs: list[tuple[Finding, Finding]]) -> dict[str, float]:
 
 
 def _vae_there_and_back() -> Callable[[np.ndarray], np.ndarray]:
+    import torch
     from latents import normalised
     from sample import decode_chunks, load_vae
 
     vae = load_vae("cpu")
 
     def through(video: np.ndarray) -> np.ndarray:
-        return decode_chunks(vae, normalised(vae, video, "cpu").float().flatten(0, 1).transpose(0, 1)[None])[0]
+        chunks = torch.from_numpy(video).permute(0, 3, 1, 2).unflatten(0, (-1, FRAMES_PER_CHUNK))
+        return decode_chunks(vae, normalised(vae, chunks).float().flatten(0, 1).transpose(0, 1)[None])[0]
 
     return through
 
@@ -204,7 +206,8 @@ def main() -> None:
         clip, chunk = sample_clip(seed), seed % 5
         if is_steady(clip, chunk) and is_steady(clip, chunk + 1):
             start = chunk * FRAMES_PER_CHUNK
-            found = find(through(render(clip, start, start + 2 * FRAMES_PER_CHUNK, options.size)))
+            frames = render(clip, start, start + 2 * FRAMES_PER_CHUNK, options.size).permute(0, 2, 3, 1).numpy()
+            found = find(through(frames))
             pairs.append((found, truth(clip, chunk)))
             if found != truth(clip, chunk):
                 logging.info("%d: %s, in truth %s", seed, found, truth(clip, chunk))

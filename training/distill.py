@@ -11,48 +11,61 @@ This is not the paper's distribution matching: that needs two more networks in t
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from helios import History, padding_bias, predict_flow, rotary_tables
 from latents import Shelf
 from parts import load_part, reader
 from sample import Sampler, load_sampler, load_vae, make_predictor, make_scheduler, pyramid_stages, shift_of
-from text import embed
+from text import Phrasebook
 from torch import Tensor
 from train_transformer import Trained, draw
-from trainer import CACHE, Average, Muon, Run, log, rngs, save_atomically, start_logging, warm_cosine
+from trainer import CACHE, Average, Muon, Run, TrainStep, log, rngs, save_atomically, start_logging
 
-BLOCK = 32  # pairs a file
-Pairs = dict[str, Tensor | list[str]]
+BLOCK = 128  # pairs a file
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What Mid did: `start0..2` and `end0..2` of its stages, the history's `long`, `mid` and `short`; captions."""
+
+    tensors: dict[str, Tensor]  # (N, 16, T, h, w), float16
+    captions: list[str]
 
 
 @torch.no_grad()
 def make_pairs(teacher: Sampler, shelf: Shelf, seed: int, number: int) -> Pairs:
-    """One block of what Mid does: start0..2 and end0..2 of its stages, histories and captions."""
     rng, noise = rngs(seed, number, teacher.device)
-    example = draw(shelf, rng, noise, BLOCK, teacher.device)
+    example = draw(shelf, rng, noise, BLOCK)
     negative = teacher.embed([""] * BLOCK)
     with torch.autocast(teacher.device, torch.bfloat16):
         predict = make_predictor(teacher, teacher.embed(example.captions), negative, example.history)
         pure = torch.randn(example.target.shape, generator=noise, device=teacher.device)
         stages = list(pyramid_stages(teacher, predict, pure, torch.Generator().manual_seed(number)))
-    pairs: Pairs = {"captions": example.captions}
+    tensors = {name: getattr(example.history, name).half() for name in ("long", "mid", "short")}
     for stage, (start, end) in enumerate(stages):
-        pairs[f"start{stage}"], pairs[f"end{stage}"] = start.half().cpu(), end.half().cpu()
-    for name in ("long", "mid", "short"):
-        pairs[name] = getattr(example.history, name).half().cpu()
-    return pairs
+        tensors |= {f"start{stage}": start.half(), f"end{stage}": end.half()}
+    return Pairs(tensors, example.captions)
 
 
-def load_pairs(folder: Path) -> Pairs:
-    blocks = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
-    return {
-        key: list(chain(*(b[key] for b in blocks))) if key == "captions" else torch.cat([b[key] for b in blocks])
-        for key in blocks[0]
-    }
+def gather_pairs(teacher: Sampler, shelf: Shelf, seed: int, folder: Path, count: int) -> Pairs:
+    """So many, on the teacher's device; those that the folder has are not made again."""
+    blocks = []
+    for number in range(count // BLOCK):
+        path = folder / f"{number:05d}.pt"
+        if path.exists():
+            blocks.append(Pairs(**torch.load(path, map_location=teacher.device, weights_only=True)))
+        else:
+            blocks.append(make_pairs(teacher, shelf, seed, number))
+            save_atomically({"tensors": blocks[-1].tensors, "captions": blocks[-1].captions}, path)
+            log.info("block %d of %d", number + 1, count // BLOCK)
+    tensors = {name: torch.cat([block.tensors[name] for block in blocks]) for name in blocks[0].tensors}
+    return Pairs(tensors, list(chain(*(block.captions for block in blocks))))
 
 
 def visited(size: int) -> list[list[tuple[float, float]]]:
@@ -71,66 +84,60 @@ def visited(size: int) -> list[list[tuple[float, float]]]:
     return levels
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1536)
     parser.add_argument("--teacher-steps", type=int, default=8, help="of each stage")
     parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after so many, if steps are left")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--folder", type=Path, default=CACHE)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     start_logging()
     device = options.device
-    folder = options.folder / f"pairs-{options.size}"
     teacher = load_sampler("mid", (options.teacher_steps,) * 3, None, device)
     shelf = Shelf(load_vae(device), options.folder, options.size)
-    for number in range(options.pairs // BLOCK):
-        path = folder / f"{number:05d}.pt"
-        if not path.exists():
-            save_atomically(make_pairs(teacher, shelf, options.seed, number), path)
-            log.info("block %d of %d", number + 1, options.pairs // BLOCK)
-    pairs = load_pairs(folder)
+    pairs = gather_pairs(teacher, shelf, options.seed, options.folder / f"pairs-{options.size}", options.pairs)
 
     model = Trained(load_part("mid", "transformer"), load_part("mid", "text_encoder")).to(device)
     model.encoder.requires_grad_(False)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = Muon(trained, lr=options.lr)
-    run = Run("distilled", model, optimizer, Average((p for _, p in trained), 0.998), options.folder)
-    read, bias, grid = reader(), padding_bias(device), options.size // 16
+    average = Average(trained, 0.998)
+    run = Run("distilled", model, optimizer, average, options.folder, options.steps, options.seconds)
+    known, bias, grid = Phrasebook(model.encoder, reader()), padding_bias(device), options.size // 16
     tables = {g: rotary_tables(model.transformer, g, grid).to(device) for g in (grid, grid // 2, grid // 4)}
-    levels, losses = visited(options.size), []
-    for step in run.steps(options.steps):
+    levels = [torch.tensor(places) for places in visited(options.size)]
+
+    def loss_of(
+        start: Tensor, end: Tensor, long: Tensor, mid: Tensor, short: Tensor, sigma: Tensor, time: Tensor, text: Tensor
+    ) -> Tensor:
+        line = end + sigma.view(-1, 1, 1, 1, 1) * (start - end)
+        history = History(long, mid, short)
+        with torch.autocast(device, torch.bfloat16):
+            made = predict_flow(model.transformer, line, time, text, history, tables[line.shape[-1] // 2], bias)
+        return (made - (start - end)).square().mean()
+
+    train_steps = [TrainStep(loss_of, (p for _, p in trained), optimizer) for _ in range(3)]
+    losses: list[Tensor] = []
+    for step in run.steps(options.lr):
         rng, _ = rngs(options.seed + 1, step, device)
         stage = step % 3
         count = options.batch * (4, 2, 1)[stage]
-        rows = rng.integers(len(pairs["captions"]), size=count)
-        start, end, long, mid, short = (
-            pairs[key][rows].float().to(device) for key in (f"start{stage}", f"end{stage}", "long", "mid", "short")
-        )
-        places = torch.tensor(levels[stage])[torch.from_numpy(rng.integers(len(levels[stage]), size=count))].to(device)
-        sigma = places[:, 0].view(-1, 1, 1, 1, 1).float()
-        ids, mask = read([pairs["captions"][row] for row in rows])
-        with torch.autocast(device, torch.bfloat16):
-            text = embed(model.encoder, ids.to(device), mask.to(device))
-            line = (1 - sigma) * end + sigma * start
-            table = tables[line.shape[-1] // 2]
-            made = predict_flow(model.transformer, line, places[:, 1], text, History(long, mid, short), table, bias)
-        loss = (made - (start - end)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * warm_cosine(step, options.steps, 100)
-        optimizer.step()
-        losses.append(loss.item())
+        rows = rng.integers(len(pairs.captions), size=count)
+        places = levels[stage][torch.from_numpy(rng.integers(len(levels[stage]), size=count))].float().to(device)
+        where = torch.from_numpy(rows).to(device)
+        names = (f"start{stage}", f"end{stage}", "long", "mid", "short")
+        text = known([pairs.captions[row] for row in rows])
+        batch = (*(pairs.tensors[name][where].float() for name in names), *places.unbind(1), text)
+        losses.append(train_steps[stage](*batch))
         if (step + 1) % 60 == 0:
-            run.write(loss=float(np.mean(losses)))
+            run.write(loss=torch.stack(losses).mean().item())
             losses = []
-    log.info("stopped at step %d of %d", run.step, options.steps)
 
 
 if __name__ == "__main__":

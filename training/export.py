@@ -23,7 +23,7 @@ def write_variant(variant: Variant, folder: Path) -> None:
     transformer, encoder = load_average(variant, folder, "cpu")
     target = weights_folder(variant)
     transformer.to(torch.bfloat16).save_pretrained(target / "transformer")
-    if variant == "base":
+    if variant == "base":  # the others leave it as it is
         encoder.to(torch.bfloat16).save_pretrained(weights_folder() / "text_encoder")
     scheduler = make_scheduler(variant)
     scheduler.save_pretrained(target / "scheduler")

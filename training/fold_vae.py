@@ -130,8 +130,7 @@ def main() -> None:
     vae = make_vae()
     state = torch.load(options.folder / "vae.pt", weights_only=True)
     with torch.no_grad():
-        for parameter, average in zip(vae.parameters(), state["average"], strict=True):
-            parameter.copy_(average)
+        vae.load_state_dict(state["average"], strict=False)
     vae.requires_grad_(False)
     log.info("step %d: %s", state["step"], measure(vae, 64, "cpu"))
     latents, colours, variance = sample_latents(vae, options.chunks)

@@ -12,6 +12,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,12 @@ def make_predictor(sampler: Sampler, text: Tensor, negative: Tensor, history: Hi
     twice = History(*(torch.cat([part, part]) for part in (history.long, history.mid, history.short)))
     texts = torch.cat([text, negative])
 
+    @cache
+    def table_of(own: int) -> Tensor:
+        return rotary_tables(sampler.transformer, own, grid).to(sampler.device)
+
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        table = rotary_tables(sampler.transformer, latents.shape[-1] // 2, grid).to(latents.device)
+        table = table_of(latents.shape[-1] // 2)
         if sampler.guidance <= 1:
             return predict_flow(sampler.transformer, latents, timestep, text, history, table, bias)
         both = predict_flow(

@@ -108,3 +108,21 @@ def embed(encoder: UMT5EncoderModel, ids: Tensor, mask: Tensor) -> Tensor:
     """(B, 32, 64), zero where there is no token; the last one is always zero and stands for all that follow."""
     states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     return torch.nn.functional.pad(states * mask[..., None], (0, 0, 0, 1))
+
+
+class Phrasebook:
+    """What a finished encoder makes of captions, each read once."""
+
+    def __init__(self, encoder: UMT5EncoderModel, read: Reader) -> None:
+        self.encoder, self.read = encoder, read
+        self.rows: dict[str, int] = {}
+        self.table = torch.empty(0, device=encoder.device)
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(B, 32, 64)"""
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.rows]:
+            ids, mask = (part.to(self.table.device) for part in self.read(new))
+            self.table = torch.cat([self.table, embed(self.encoder, ids, mask)])
+            self.rows |= {caption: row for row, caption in enumerate(new, start=len(self.rows))}
+        return self.table[torch.tensor([self.rows[caption] for caption in captions], device=self.table.device)]

@@ -10,6 +10,8 @@ pyramid of three sizes (pyramidal flow matching): each stage goes from an enlarg
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +22,13 @@ from diffusers import AutoencoderKLWan, HeliosScheduler, HeliosTransformer3DMode
 from helios import NOISY, History, make_transformer, padding_bias, predict_flow, rotary_tables, split_history
 from latents import CHUNKS, Shelf
 from parts import load_part, reader, weights_folder
-from text import NEGATIVE, embed, make_text_encoder
+from sample import shift_of
+from text import NEGATIVE, Phrasebook, embed, make_text_encoder
 from torch import Tensor, nn
-from trainer import CACHE, Average, Muon, Run, log, rngs, start_logging, warm_cosine
+from trainer import CACHE, Average, Muon, Run, TrainStep, log, rngs, start_logging
 
 PAST = 19  # latent frames of the history without the anchor
-BASE_SHIFT = 1.62  # exp(mu) of Base's schedule at 64x64, 144 tokens
+FIRST = 0.5  # share of first chunks: which way a thing goes, history tells all the others
 VALIDATION_FIRST = 900_000_000
 
 
@@ -36,28 +39,25 @@ class Example:
     captions: list[str]
 
 
-def draw(shelf: Shelf, rng: np.random.Generator, noise: torch.Generator, count: int, device: str) -> Example:
+def draw(shelf: Shelf, rng: np.random.Generator, noise: torch.Generator, count: int) -> Example:
     """Random chunks with what came before them, the history damaged, some captions withheld."""
-    targets, pasts, anchors, captions = [], [], [], []
-    for _ in range(count):
-        number = int(rng.integers(len(shelf.chunks)))
-        chunk = 0 if rng.random() < 0.3 else int(rng.integers(1, CHUNKS))
-        video = shelf.chunks[number].flatten(0, 1)  # (54, 16, H, W)
-        past = torch.cat([torch.zeros_like(video[:PAST]), video[: chunk * NOISY]])[-PAST:]
-        anchor = video[:1] if chunk > 0 else torch.zeros_like(video[:1])
-        if chunk == 0 and rng.random() < 0.2:  # an image is given
-            anchor = video[:1]
-            past[-1] = shelf.stills[number]
-        targets.append(video[chunk * NOISY : (chunk + 1) * NOISY])
-        pasts.append(past)
-        anchors.append(anchor)
-        caption = shelf.clip(number).acts[chunk].caption
-        if rng.random() < 0.1:
-            caption = "" if rng.random() < 0.5 else NEGATIVE
-        captions.append(caption)
-    target, past, anchor = (
-        torch.stack(parts).transpose(1, 2).to(device, torch.float32) for parts in (targets, pasts, anchors)
+    numbers = shelf.pool[rng.integers(len(shelf.pool), size=count)]
+    chunks = np.where(rng.random(count) < FIRST, 0, rng.integers(1, CHUNKS, size=count))
+    captions = [shelf.captions[number][chunk] for number, chunk in zip(numbers, chunks, strict=True)]
+    for row in np.flatnonzero(rng.random(count) < 0.1):
+        captions[row] = "" if rng.random() < 0.5 else NEGATIVE
+
+    # The rows of `clip` are of clips, of `at` frames; what lies before the first frame is zero.
+    clip, chunk, is_image = (
+        torch.from_numpy(values).to(shelf.device)
+        for values in (numbers, chunks, (chunks == 0) & (rng.random(count) < 0.2))
     )
+    at = chunk[:, None] * NOISY + torch.arange(-PAST, NOISY, device=shelf.device)
+    window = shelf.frames[clip[:, None], at.clamp_min(0)] * (at >= 0)[:, :, None, None, None]
+    anchor = shelf.frames[clip, :1] * ((chunk > 0) | is_image)[:, None, None, None, None]
+    window[:, PAST - 1] += shelf.stills[clip] * is_image[:, None, None, None]
+    window, anchor = (part.transpose(1, 2).float() for part in (window, anchor))
+    past, target = window[:, :, :PAST], window[:, :, PAST:]
     return Example(target, split_history(damage(past, noise), damage(anchor, noise)), captions)
 
 
@@ -86,7 +86,8 @@ def spread(count: int, noise: torch.Generator, device: str) -> Tensor:
 def base_flow(target: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps (B,), the flow to predict."""
     u = spread(len(target), noise, str(target.device))
-    sigma = (BASE_SHIFT * u / (1 + (BASE_SHIFT - 1) * u)).view(-1, 1, 1, 1, 1)
+    shift = math.exp(shift_of(target))  # of Base's schedule
+    sigma = (shift * u / (1 + (shift - 1) * u)).view(-1, 1, 1, 1, 1)
     pure = torch.randn(target.shape, generator=noise, device=target.device)
     return (1 - sigma) * target + sigma * pure, 1000 * sigma.flatten(), pure - target
 
@@ -121,21 +122,17 @@ def load_average(variant: str, folder: Path, device: str) -> tuple[nn.Module, nn
     """Transformer and text encoder of a run that may still be going on, with averaged weights."""
     state = torch.load(folder / f"{variant}.pt", map_location="cpu", weights_only=True)
     model = Trained(make_transformer(0), make_text_encoder(reader().size, 0))
-    model.load_state_dict(state["model"])
-    if variant != "base":
-        model.encoder.requires_grad_(False)
-    with torch.no_grad():
-        for own, average in zip((p for p in model.parameters() if p.requires_grad), state["average"], strict=True):
-            own.copy_(average)
+    model.load_state_dict(state["model"] | state["average"])
     model = model.to(device).eval()
     return model.transformer, model.encoder
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variant", choices=("base", "mid"))
     parser.add_argument("--again", action="store_true", help="begin with the finished weights of the variant itself")
     parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="end after so many, if steps are left")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--clips", type=int, default=100, help="encoded before the first step")
     parser.add_argument("--more", type=int, default=100, help="another block of clips every so many steps")
@@ -144,74 +141,75 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--folder", type=Path, default=CACHE)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     start_logging()
     device = options.device
     vae = AutoencoderKLWan.from_pretrained(weights_folder() / "vae").float().to(device).requires_grad_(False)
     shelf = Shelf(vae, options.folder, options.size)
-    while len(shelf.chunks) < options.clips:
-        shelf.grow(device)
+    shelf.grow(options.clips)
+    log.info("%d clips", len(shelf.frames))
     held = Shelf(vae, options.folder / "validation", options.size, VALIDATION_FIRST)
-    while len(held.chunks) < 25:
-        held.grow(device)
+    held.grow(25)
 
     read = reader()
     if options.again or options.variant == "mid":
         start = options.variant if options.again else "base"
         model = Trained(load_part(start, "transformer"), load_part(start, "text_encoder")).to(device)
+        model.encoder.requires_grad_(False)
     else:
         model = Trained(make_transformer(options.seed), make_text_encoder(read.size, options.seed)).to(device)
-    model.encoder.requires_grad_(options.variant == "base")
+    known = Phrasebook(model.encoder, read)
+    trains_text = options.variant == "base" and not options.again
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = Muon(trained, lr=options.lr)
-    run = Run(options.variant, model, optimizer, Average((p for _, p in trained), 0.999), options.folder)
+    average = Average(trained, 0.999)
+    run = Run(options.variant, model, optimizer, average, options.folder, options.steps, options.seconds)
     scheduler = HeliosScheduler(stages=3, stage_range=[0, 1 / 3, 2 / 3, 1])
     grid = options.size // 16
     bias = padding_bias(device)
     tables = {g: rotary_tables(model.transformer, g, grid).to(device) for g in (grid, grid // 2, grid // 4)}
 
-    def loss_of(example: Example, noise: torch.Generator, stage: int) -> Tensor:
+    def prepare(example: Example, noise: torch.Generator, stage: int) -> tuple[Tensor, ...]:
         if options.variant == "base":
             noisy, timestep, flow = base_flow(example.target, noise)
         else:
             noisy, timestep, flow = pyramid_flow(example.target, noise, stage, scheduler)
-        ids, mask = read(example.captions)
+        words = [part.to(device) for part in read(example.captions)] if trains_text else [known(example.captions)]
+        history = example.history
+        return noisy, timestep, flow, history.long, history.mid, history.short, *words
+
+    def loss_of(noisy: Tensor, timestep: Tensor, flow: Tensor, *rest: Tensor) -> Tensor:
+        long, mid, short, *words = rest
         with torch.autocast(device, torch.bfloat16):
-            text = embed(model.encoder, ids.to(device), mask.to(device))
+            text = embed(model.encoder, *words) if trains_text else words[0]
             table = tables[noisy.shape[-1] // 2]
-            made = predict_flow(model.transformer, noisy, timestep, text, example.history, table, bias)
+            made = predict_flow(model.transformer, noisy, timestep, text, History(long, mid, short), table, bias)
         return (made - flow).square().mean()
 
     @torch.no_grad()
-    def validate() -> dict[str, float]:
+    def validate() -> float:
         losses = []
         for number in range(6):
             rng, noise = rngs(options.seed + 1000, number, device)
-            losses.append(loss_of(draw(held, rng, noise, 16, device), noise, number % 3).item())
-        return {"held": float(np.mean(losses))}
+            losses.append(loss_of(*prepare(draw(held, rng, noise, 16), noise, number % 3)).item())
+        return float(np.mean(losses))
 
-    losses: list[float] = []
-    for step in run.steps(options.steps):
+    train_steps = [TrainStep(loss_of, (p for _, p in trained), optimizer) for _ in range(3)]
+    losses: list[Tensor] = []
+    for step in run.steps(options.lr):
         rng, noise = rngs(options.seed, step, device)
-        stage = step % 3
+        stage = 0 if options.variant == "base" else step % 3
         count = options.batch if options.variant == "base" else options.batch * (4, 2, 1)[stage]
-        loss = loss_of(draw(shelf, rng, noise, count, device), noise, stage)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * warm_cosine(step, options.steps, 200)
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(train_steps[stage](*prepare(draw(shelf, rng, noise, count), noise, stage)))
         if (step + 1) % 100 == 0:
-            run.average.exchange()
-            values = validate() if (step + 1) % 500 == 0 else {}
-            run.average.exchange()
-            run.write(loss=float(np.mean(losses)), held=values.get("held", float("nan")))
+            values = {}
+            if (step + 1) % 500 == 0:
+                with run.averaged():
+                    values = {"held": validate()}
+            run.write(loss=torch.stack(losses).mean().item(), **{"held": float("nan")} | values)
             losses = []
         if (step + 1) % options.more == 0:
-            shelf.grow(device)
-    log.info("stopped at step %d of %d", run.step, options.steps)
+            shelf.grow(len(shelf.frames) + 1)
 
 
 if __name__ == "__main__":

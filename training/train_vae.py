@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from trainer import CACHE, Average, Muon, Run, log, rngs, start_logging, warm_cosine
+from trainer import CACHE, Average, Muon, Run, rngs, start_logging
 from wan import decode, encode
 from world import follow, render, sample_clip
 
@@ -23,23 +23,25 @@ IMAGE_STEPS = 400  # at first single frames only
 VALIDATION_SEED = 900_000_000  # clips from here on are never trained on
 
 
-def sample_batch(rng: np.random.Generator, count: int, frames: int, size: int, crop: int | None = None) -> Tensor:
+def sample_batch(
+    rng: np.random.Generator, count: int, frames: int, size: int, crop: int | None = None, device: str = "cpu"
+) -> Tensor:
     """Random stretches of random clips: (count, frames, 3, size, size) in -1..1; with `crop` squares of that side,
     mostly around the thing."""
     clips = []
     for _ in range(count):
         clip = sample_clip(int(rng.integers(VALIDATION_SEED)))
         start = int(rng.integers(clip.frames - frames + 1))
-        video = render(clip, start, start + frames, size)
+        video = render(clip, start, start + frames, size, device=device)
         if crop:
             track = follow(clip)
             middle = start + frames // 2
             thing = np.array([track.y[middle], track.x[middle]]) * size + rng.uniform(-0.35, 0.35, 2) * crop - crop / 2
             anywhere = rng.uniform(0, size - crop, 2)
             y, x = np.clip(np.round(thing if rng.random() < 0.8 else anywhere), 0, size - crop).astype(int)
-            video = video[:, y : y + crop, x : x + crop]
+            video = video[..., y : y + crop, x : x + crop]
         clips.append(video)
-    return torch.from_numpy(np.stack(clips)).permute(0, 1, 4, 2, 3) * 2 - 1
+    return torch.stack(clips) * 2 - 1
 
 
 def loss_of(made: Tensor, video: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def measure(vae: AutoencoderKLWan, size: int, device: str) -> dict[str, float]:
     """PSNR of single frames and of whole chunks, and how large the latents are, on clips never trained on."""
     rows = []
     for seed in range(VALIDATION_SEED, VALIDATION_SEED + 12):
-        video = torch.from_numpy(render(sample_clip(seed), 33, 66, size)).permute(0, 3, 1, 2)[None].to(device) * 2 - 1
+        video = render(sample_clip(seed), 33, 66, size, device=device)[None] * 2 - 1
         mean, log_variance = encode(vae, video)
         image = decode(vae, encode(vae, video[:, :1])[0])
         made = decode(vae, mean)
@@ -129,42 +131,35 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12, help="batch of single frames; a clip counts as 9 of them")
     parser.add_argument("--crop", type=int, help="train on squares of this side, two for one, in the first two thirds")
     parser.add_argument("--start", type=Path, help="a folder with a VAE to begin with")
-    parser.add_argument("--adam", action="store_true")
     parser.add_argument("--folder", type=Path, default=CACHE)
     options = parser.parse_args()
     start_logging()
     torch.manual_seed(options.seed)
     vae = AutoencoderKLWan.from_pretrained(options.start).float() if options.start else make_vae()
     vae.to(options.device)
-    if options.adam:
-        optimizer = torch.optim.AdamW(vae.parameters(), lr=options.lr, betas=(0.9, 0.99))
-    else:
-        optimizer = Muon(vae.named_parameters(), lr=options.lr)
-    run = Run("vae", vae, optimizer, Average(vae.parameters(), 0.998), options.folder)
+    optimizer = Muon(vae.named_parameters(), lr=options.lr)
+    average = Average(vae.named_parameters(), 0.998)
+    run = Run("vae", vae, optimizer, average, options.folder, options.steps)
     losses: dict[str, list[float]] = {"image": [], "clip": []}
-    for step in run.steps(options.steps):
+    for step in run.steps(options.lr):
         rng, noise = rngs(options.seed, step, options.device)
         is_clip = (step >= IMAGE_STEPS or options.start is not None) and step % 3 == 2
         frames = int(rng.choice(CLIP_FRAMES)) if is_clip else 1
         count = max(1, options.images * 9 // (4 * frames)) if is_clip else options.images
         crop = options.crop if step < 0.65 * options.steps else None
-        video = sample_batch(rng, count * (2 if crop else 1), frames, options.size, crop).to(options.device)
+        video = sample_batch(rng, count * (2 if crop else 1), frames, options.size, crop, options.device)
         with torch.autocast(options.device, torch.bfloat16, enabled=is_clip or options.device != "cpu"):
             loss = train_step(vae, video, noise, options.kl, halve=step % 12 in (4, 11))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * warm_cosine(step, options.steps, 100)
         optimizer.step()
         losses["clip" if is_clip else "image"].append(loss.item())
         if (step + 1) % 100 == 0:
-            run.average.exchange()
-            values = measure(vae, options.size, options.device)
-            run.average.exchange()
+            with run.averaged():
+                values = measure(vae, options.size, options.device)
             run.write(**{k: float(np.mean(v)) if v else float("nan") for k, v in losses.items()}, **values)
             losses = {"image": [], "clip": []}
-    log.info("stopped at step %d of %d", run.step, options.steps)
 
 
 if __name__ == "__main__":

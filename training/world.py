@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 FRAMES_PER_CHUNK = 33
 COLOURS = {
@@ -226,38 +228,43 @@ def follow(clip: Clip) -> Track:
     return Track(place[:, 0], place[:, 1], angle, colour, ground)
 
 
-def render(clip: Clip, start: int = 0, stop: int | None = None, size: int = 64, every: int = 1) -> np.ndarray:
-    """Frames start, start + every, ... of a clip: (T, size, size, 3) float32 in 0..1, with anti-aliased edges."""
+def render(
+    clip: Clip, start: int = 0, stop: int | None = None, size: int = 64, every: int = 1, device: str = "cpu"
+) -> Tensor:
+    """Frames start, start + every, ... of a clip: (T, 3, size, size) float32 in 0..1, with anti-aliased edges."""
     track = follow(clip)
     which = np.arange(start, clip.frames if stop is None else stop, every)
-    grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
+
+    def of_frames(values: np.ndarray) -> Tensor:  # (T, ...) -> (T, ..., 1, 1)
+        return torch.from_numpy(values[which].astype(np.float32)).to(device)[..., None, None]
+
+    grid = (torch.arange(size, device=device) + 0.5) / size
     x, y = grid[None, None, :], grid[None, :, None]
     scene = SCENES[clip.acts[0].motion]
-    tone = np.full((len(which), size, size), BACKGROUNDS[clip.background], np.float32)
+    tone = torch.full((len(which), size, size), BACKGROUNDS[clip.background], device=device)
     if scene == "ground":
-        stripes = (x - track.ground[which, None, None].astype(np.float32)) / GROUND_PERIOD % 1
-        light = np.clip((0.25 - np.abs(stripes - 0.5)) * GROUND_PERIOD * size + 0.5, 0, 1)
+        stripes = (x - of_frames(track.ground)) / GROUND_PERIOD % 1
+        light = ((0.25 - (stripes - 0.5).abs()) * GROUND_PERIOD * size + 0.5).clamp(0, 1)
         tones = GROUND_TONES[0] + (GROUND_TONES[1] - GROUND_TONES[0]) * light
-        below = np.clip((y - GROUND_TOP) * size + 0.5, 0, 1)
+        below = ((y - GROUND_TOP) * size + 0.5).clamp(0, 1)
         tone = tone + below * (tones - tone)
-    dx = x - track.x[which, None, None].astype(np.float32)
-    dy = y - track.y[which, None, None].astype(np.float32)
-    cos, sin = (f(track.angle[which, None, None]).astype(np.float32) for f in (np.cos, np.sin))
+    dx, dy = x - of_frames(track.x), y - of_frames(track.y)
+    cos, sin = of_frames(np.cos(track.angle)), of_frames(np.sin(track.angle))
     distance = _distance(clip.shape, cos * dx + sin * dy, cos * dy - sin * dx, SIZES[clip.size])
-    cover = np.clip(0.5 - distance * size, 0, 1)[..., None]
-    frames = tone[..., None] + cover * (track.colour[which, None, None].astype(np.float32) - tone[..., None])
+    cover, tone = (0.5 - distance * size).clamp(0, 1)[:, None], tone[:, None]
+    frames = tone + cover * (of_frames(track.colour) - tone)
     if scene == "wall":
         middle = (WALL[0] + WALL[1]) / 2
-        inside = np.clip(((WALL[1] - WALL[0]) / 2 - np.abs(x - middle)) * size + 0.5, 0, 1)[..., None]
+        inside = (((WALL[1] - WALL[0]) / 2 - (x - middle).abs()) * size + 0.5).clamp(0, 1)
         frames = frames + inside * (WALL_TONE - frames)
-    return frames.astype(np.float32)
+    return frames
 
 
-def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
     """Signed distance to the edge of a shape around 0 with the area of a ball of this radius; y points down."""
     if shape == "ball":
-        return np.sqrt(x * x + y * y) - radius
+        return (x * x + y * y).sqrt() - radius
     if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - math.sqrt(math.pi) / 2 * radius
+        return torch.maximum(x.abs(), y.abs()) - math.sqrt(math.pi) / 2 * radius
     inner = math.sqrt(math.pi / (3 * math.sqrt(3))) * radius
-    return np.maximum(y, math.sqrt(3) / 2 * np.abs(x) - y / 2) - inner
+    return torch.maximum(y, math.sqrt(3) / 2 * x.abs() - y / 2) - inner

@@ -13,14 +13,18 @@ from ...helios_core.json_file import read_json
 from ...helios_core.quoting import quoted
 from ...helios_core.regular_file import CheckpointError
 from ...helios_core.safetensors_file import DTYPES, StoredTensor, read_headers, read_index, read_tensors, some
+from .shipped import part_path
 
-DOWNLOAD = "Download it from the same Helios repository (BestWishYsh/Helios-Distilled, -Mid or -Base)."
+DOWNLOAD = (
+    "Download it from the same Helios repository (BestWishYsh/Helios-Distilled, -Mid or -Base; Helios-Tiny is in this "
+    "node pack's)."
+)
 
 
 def part_folder(folder: Path, name: str) -> Path:
-    part = Path(folder) / name
+    part = part_path(folder, name)
     if not os.path.isdir(part):
-        raise CheckpointError(f"{folder} has no folder {name!r}. {DOWNLOAD}")
+        raise CheckpointError(f"{part.parent} has no folder {name!r}. {DOWNLOAD}")
     return part
 
 

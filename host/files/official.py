@@ -1,4 +1,4 @@
-"""Official Helios folders below the host's models/diffusers."""
+"""Official Helios folders: those below the host's models/diffusers, and behind them the pack's own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ...helios_core.quoting import printable, quoted
 from ...helios_core.regular_file import CheckpointError
 from ...helios_core.schedule import PRESETS, Schedule, schedule_from_config
 from ..printable import listable, printable_log
+from . import shipped
 
 log = printable_log(__name__)
 
@@ -28,11 +29,11 @@ _told: set[str] = set()  # the page asks for the list again and again
 
 
 def list_folders() -> list[str]:
-    """Names, relative to models/diffusers, of the folders that hold a `transformer/config.json`.
+    """Names, relative to models/diffusers or the pack's own, of the folders that hold a `transformer/config.json`.
 
     Never raises, and never takes long: what cannot be read or lies too deep is left out, with a line in the log.
     """
-    return sorted(find_folders(), key=_preference)
+    return list(find_folders())
 
 
 def find_folder(name: str) -> Path:
@@ -40,7 +41,7 @@ def find_folder(name: str) -> Path:
     folders = find_folders()
     if not isinstance(name, str) or name not in folders:
         roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
-        found = ", ".join(sorted(folders, key=_preference)) or "none"
+        found = ", ".join(folders) or "none"
         raise ValueError(
             f"There is no Helios folder {quoted(name)} in {printable(roots)} (found: {found}; the log names what could "
             "not be read). Put a copy of the repository there, such as BestWishYsh/Helios-Distilled, without "
@@ -49,15 +50,17 @@ def find_folder(name: str) -> Path:
     return folders[name]
 
 
-def used_files(folder: Path) -> list[Path]:
-    """The files in an official folder that the loaders may read, in the same order every time."""
-    names = [Path("model_index.json")]
+def used_files(folder: Path) -> dict[str, Path]:
+    """The files of an official folder that the loaders may read, by their names in it, in the same order every time."""
+    files = {"model_index.json": folder / "model_index.json"}
     for part in PARTS:
+        where = shipped.part_path(folder, part)
         try:
-            names += sorted(Path(part) / name for name in os.listdir(folder / part) if name.endswith(READ))
+            names = sorted(name for name in os.listdir(where) if name.endswith(READ) and not name.startswith("."))
         except OSError:  # not there, or not to be read: nothing was loaded from it
             continue
-    return [folder / name for name in names if not name.name.startswith(".")]
+        files |= {f"{part}/{name}": where / name for name in names}
+    return files
 
 
 def read_schedule(folder: Path) -> tuple[Schedule, str | None]:
@@ -77,17 +80,16 @@ def read_schedule(folder: Path) -> tuple[Schedule, str | None]:
 
 
 def find_folders() -> dict[str, Path]:
-    """Name and path of every Helios folder, as of now."""
+    """Name and path of every Helios folder, as of now: the user's first, and of each the distilled ones first."""
     found: dict[str, Path] = {}
-    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+    for root in (*map(Path, folder_paths.get_folder_paths("diffusers")), shipped.MODELS):
         for name, path in _search(root):
             found.setdefault(name, path)
-    return {name: found[name] for name in listable(found)}
 
+    def preference(name: str) -> tuple[bool, bool, str]:
+        return shipped.is_shipped(found[name]), "distilled" not in name.lower(), name
 
-def _preference(name: str) -> tuple[bool, str]:
-    """The order of the list, whose first is the default."""
-    return "distilled" not in name.lower(), name
+    return {name: found[name] for name in sorted(listable(found), key=preference)}
 
 
 def _search(root: Path) -> Iterator[tuple[str, Path]]:

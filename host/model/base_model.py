@@ -19,8 +19,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...helios_core.checkpoint import published_name
 from ...helios_core.config import Variant
 from ...helios_core.history import History, HistoryLayout, Memory
+from ...helios_core.lora_names import lora_names
 from ...helios_core.regular_file import FileFacts
 from ...helios_core.schedule import TRAIN_STEPS
 from ...helios_core.transformer import LONG_POOL, MID_POOL
@@ -75,12 +77,30 @@ class HeliosModel(comfy.model_base.BaseModel):
     """What MODEL sockets carry. `variant` is what the checkpoint says of itself, if it does."""
 
     variant: Variant | None = None
+    _history: Mapping[str, Any] = {}
     files: Collection[FileFacts] = ()  # that its weights were read from, and may still be mapped to
 
     def __init__(self, model_config: HeliosModelConfig, device: Any = None):
         flow = comfy.model_base.ModelType.FLOW
         super().__init__(model_config, flow, device=device, unet_model=HeliosNetwork)
         self.model_sampling = FlowSampling()
+
+    @contextmanager
+    def showing(self, history: Mapping[str, Any]) -> Iterator[None]:
+        """During one step of a chunk: conds that other nodes make of their own, as Perp-Neg does, get its history."""
+        self._history = history
+        try:
+            yield
+        finally:
+            self._history = {}
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        return {**super().extra_conds(**kwargs), **self._history}
+
+    def lora_names(self) -> dict[str, str]:
+        """Modules as LoRA files spell them, and the weight of each in this model: what `offer_lora_names` asks for."""
+        names = lora_names(self.diffusion_model.state_dict())
+        return {spelled: f"diffusion_model.{weight}" for spelled, weight in names.items()}
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
         """Shapes by which the host sizes memory before sampling, beside the noise's; a cond then carries a Memory."""
@@ -116,6 +136,9 @@ class HeliosModelConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.Wan21
     supported_inference_dtypes = SUPPORTED_DTYPES
     memory_usage_factor = 1.0
+
+    def process_unet_state_dict_for_saving(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return super().process_unet_state_dict_for_saving({published_name(k): x for k, x in state_dict.items()})
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HeliosModel:
         return HeliosModel(self, device=device)

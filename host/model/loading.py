@@ -21,7 +21,7 @@ import torch
 
 from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
 from ...helios_core.loading import load_weights
-from ..compat import usual_patcher
+from ..compat import offer_lora_names, usual_patcher
 from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
 from .offload_patcher import Offloading, OffloadPatcher
 
@@ -86,6 +86,7 @@ def make_model(
     Weights stay memory-mapped where they are stored in the dtype they are used in; otherwise they are converted one
     by one, so loading takes no more than the weights in that dtype.
     """
+    offer_lora_names()
     management = comfy.model_management
     weight_dtype = choose_dtype(dtype, checkpoint)
     load_device = management.get_torch_device()

@@ -22,6 +22,7 @@ from ...helios_core.history import History, HistoryLayout
 from ...helios_core.layers import Block, Modulation
 from ...helios_core.prepared import PreparedText
 from ...helios_core.transformer import BlockText, HeliosTransformer
+from .foreign_patches import check_foreign
 from .run_cache import CACHE_KEY, RunCache
 
 
@@ -30,6 +31,7 @@ class HeliosNetwork(HeliosTransformer):
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, device: Any = None, operations: Any = None, **_):
         super().__init__(config, dtype=dtype, device=device, operations=operations)
+        self.in_channels = config.in_channels  # other nodes look it up here
 
     def forward(  # type: ignore[override]  # the host calls it by these names
         self,
@@ -61,13 +63,15 @@ class HeliosNetwork(HeliosTransformer):
     ) -> Tensor:
         if history_long is None or history_mid is None or history_short is None or history_layout is None:
             raise ValueError(
-                "A Helios model got no history. It cannot be sampled with KSampler: use Helios Chunked Sampler."
+                "A Helios model cannot be sampled with KSampler and the like, which give it no history: use Helios "
+                "Chunked Sampler."
             )
         history = History(history_long, history_mid, history_short, history_layout.indices)
         # A whole network under torch.compile uses none: newer hosts leave transformer_options out of its guards.
         cache: RunCache | None = None if torch.compiler.is_compiling() else transformer_options.get(CACHE_KEY)
         prompt = context if cache is None else cache.text(self, transformer_options.get("uuids", ()), context)
         past = history if cache is None else cache.history(self, history)
+        check_foreign(transformer_options)
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})

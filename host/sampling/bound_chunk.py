@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.samplers
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 from ...helios_core.guidance import projection
 from ...helios_core.schedule import TRAIN_STEPS, Schedule
 from ..model.base_model import FlowSampling
+
+if TYPE_CHECKING:
+    from .guider import HeliosGuider
 
 STEP_KEY = "helios_step"  # in the model_options of a prediction
 
@@ -28,9 +31,10 @@ GUIDANCE_HOOKS = (
 class BoundChunk:
     """How the flow of one chunk is predicted: called by the core's loop, answered through the host's guider."""
 
-    guider: comfy.samplers.CFGGuider
+    guider: HeliosGuider
     schedule: Schedule
     conds: dict[str, list[dict[str, Any]]]  # processed, with this chunk's prompts and history
+    history: dict[str, Any]  # as model_conds
     options: dict[str, Any]  # the run's model_options
     seed: int
 
@@ -41,7 +45,9 @@ class BoundChunk:
     def __call__(self, latents: Tensor, timestep: float, sigma: float) -> Tensor:
         """The guided flow at latents (B, 16, 9, h, w), through the MODEL's PREDICT_NOISE wrappers."""
         host_sigma = torch.full((latents.shape[0],), timestep / TRAIN_STEPS, device=latents.device)
-        with self.sampling.at(timestep):
+        latents = latents.contiguous()  # as other nodes expect them, with `view`
+        self.guider.enter_stage(latents)
+        with self.sampling.at(timestep), self.guider.inner_model.showing(self.history):
             return self.guider(latents, host_sigma, {**self.options, STEP_KEY: BoundStep(self, sigma)}, self.seed)
 
 

@@ -25,6 +25,7 @@ from ..model.run_cache import CACHE_KEY, RunCache, can_cache, text_bytes_per_tok
 from ..progress import SamplingProgress
 from ..sockets.prompt_track import TRACK_KEY
 from .bound_chunk import STEP_KEY, BoundChunk, BoundStep
+from .step_cache import counting_skipped_steps, restart_step_cache
 
 
 class HeliosGuider(comfy.samplers.CFGGuider):
@@ -40,6 +41,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
     on_chunk: Callable[[Chunk], None]
     on_step: Callable[[], None]
     cache: RunCache | None = None  # while it denoises
+    stage_shape: torch.Size | None = None  # of the latents of the last step in this chunk
 
     def __init__(self, model_patcher: Any, run: Run):
         super().__init__(model_patcher)
@@ -98,7 +100,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             self.on_step()
 
         loop = generate(self.bind_chunk, run.after(self.done, self.memory.to(device)), on_step)
-        with self.caching(device):
+        with self.caching(device), counting_skipped_steps(self.model_options, self.options, run.chunks - self.done):
             for chunk in loop:
                 self.memory = chunk.memory
                 self.on_chunk(chunk)
@@ -168,7 +170,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         if self.cache is not None:
             self.cache.start_chunk(prompts)
         self.restart_trajectory()
-        return BoundChunk(self, self.run.schedule, conds, self.options, self.run.rng.initial_seed())
+        return BoundChunk(self, self.run.schedule, conds, extra, self.options, self.run.rng.initial_seed())
 
     def restart_trajectory(self) -> None:
         """Every chunk is denoised from noise again: what the host keeps along the way starts over."""
@@ -177,8 +179,13 @@ class HeliosGuider(comfy.samplers.CFGGuider):
                 if cond.get("hooks"):
                     cond["hooks"].reset()
         self.inner_model.current_patcher.clear_cached_hook_weights()
-        if cache := self.options["transformer_options"].get("easycache"):  # EasyCache and LazyCache
-            cache.reset()
+        self.stage_shape = None
+
+    def enter_stage(self, latents: Tensor) -> None:
+        """Before a step at latents (B, 16, 9, h, w): the first of a stage is compared with none of the last one."""
+        if latents.shape != self.stage_shape:
+            self.stage_shape = latents.shape
+            restart_step_cache(self.options)
 
     def predict_noise(
         self, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None = None

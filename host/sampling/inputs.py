@@ -12,9 +12,10 @@ from ...helios_core.generate import Run
 from ...helios_core.schedule import Schedule
 from ...helios_core.video import VideoStart, VideoState
 from ..model.base_model import FlowSampling, HeliosModel
+from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
 from ..sockets.conditioning import check_conditioning, find_history
-from ..sockets.latent import STATE_KEY, check_latent, video_state
+from ..sockets.latent import STATE_KEY, asked_frames, check_latent
 from ..sockets.prompt_track import find_track
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
@@ -42,6 +43,11 @@ def prepare(
     Raises ValueError for what cannot be sampled.
     """
     samples = check_latent(latent, "latent", values=False)
+    if latent.get("noise_mask") is not None:
+        raise ValueError(
+            f"The LATENT of {node} has a noise mask (as from Set Latent Noise Mask), and Helios cannot denoise "
+            "a part of a picture. Take that node out."
+        )
     chunks = check_sampling(node, model, positive, negative, samples, schedule)
     start = find_history(positive)
     rng = make_rng(start, seed, seed_mode)
@@ -71,11 +77,12 @@ def check_sampling(
     Raises ValueError, before anything is loaded, for what cannot be sampled.
     """
     check_model(node, model_patcher)
+    check_model_options(node, model_patcher)
     check_schedule(schedule)
-    if not isinstance(model_patcher.get_model_object("model_sampling"), FlowSampling):
+    if not isinstance(sampling := model_patcher.get_model_object("model_sampling"), FlowSampling):
         raise ValueError(
-            "The MODEL went through a node that replaces its sampling (such as ModelSamplingSD3). "
-            "Take that node out: the shift of Helios is part of its schedule."
+            f"The MODEL went through {node_of(type(sampling))}, which replaces its sampling. Take that node out: the "
+            "shift of Helios is part of its schedule."
         )
     for name, conditioning in (("positive", positive), ("negative", negative)):
         check_conditioning(conditioning, name)
@@ -120,6 +127,19 @@ def make_rng(start: VideoStart, seed: int, seed_mode: str) -> torch.Generator:
     return rng
 
 
+def latent_warning(latent: dict[str, Any]) -> str | None:
+    """The samplers' warning of a LATENT with something in it, as for a second pass; None for an empty one."""
+    samples = latent["samples"]
+    # An empty one is a single zero in any shape: what repeats it is not looked at.
+    once = samples[tuple(slice(1) if stride == 0 else slice(None) for stride in samples.stride())]
+    if not once.any():
+        return None
+    return (
+        "What is in `latent` is not used, only its size: every video begins from noise. To go on from it, connect it "
+        "to `previous` of Helios History Injection; a second pass over it (denoise below 1) does not exist."
+    )
+
+
 def variant_warning(model: Any, schedule: Schedule) -> str | None:
     """The samplers' warning of a schedule for another variant than the model's; None where it fits or none is known."""
     variant = model.model.variant
@@ -133,8 +153,7 @@ def variant_warning(model: Any, schedule: Schedule) -> str | None:
 
 def frames_asked(latent: dict[str, Any], chunks: int) -> int:
     """Pixel frames that a LATENT of so many chunks asks for."""
-    asked = video_state(latent)
-    return asked.frames if asked else chunks * CHUNK_FRAMES
+    return asked_frames(latent) or chunks * CHUNK_FRAMES
 
 
 def sampled(samples: Tensor, frames: int, guider: HeliosGuider) -> dict[str, Any]:

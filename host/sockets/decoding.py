@@ -12,7 +12,7 @@ from torch import Tensor
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
 from ..out_of_memory import check_room
 from ..progress import check_interrupt
-from .latent import check_latent, video_state
+from .latent import asked_frames, check_latent
 from .vae import WANTED
 
 
@@ -29,11 +29,20 @@ def decode_chunk(vae: Any, samples: Tensor) -> Tensor:
 
 def shown_frames(latent: dict[str, Any], chunks: int, trim: bool, drop_first: int) -> tuple[int, int]:
     """First and end of the frames to show of a LATENT of so many chunks; ValueError where none would be left."""
-    state = video_state(latent)
-    end = state.frames if trim and state else chunks * CHUNK_FRAMES
+    end = (trim and asked_frames(latent)) or chunks * CHUNK_FRAMES
     if drop_first >= end:
         raise ValueError(f"drop_first is {drop_first}, but the video has {end} frames. Set it to {end - 1} or less.")
     return drop_first, end
+
+
+def trim_warning(latent: dict[str, Any], trim: bool) -> str | None:
+    """The decoders' warning where `trim` cannot cut; None where it can, or is off."""
+    if not trim or asked_frames(latent) is not None:
+        return None
+    return (
+        "Not trimmed: the LATENT does not say how many frames were asked for (Save Latent, and nodes that change its "
+        "length, drop that). Cut the images, or decode before that node."
+    )
 
 
 def decode_chunks(

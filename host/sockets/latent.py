@@ -1,4 +1,4 @@
-"""The key that Helios adds to a LATENT."""
+"""LATENT sockets: checked, brought to normalised space and back, with the state of a video beside them."""
 
 from __future__ import annotations
 
@@ -69,12 +69,23 @@ def check_latent(latent: Any, socket: str, *, values: bool = True, whole_chunks:
     return samples
 
 
+def asked_frames(latent: dict[str, Any]) -> int | None:
+    """How many frames were asked for, before rounding up to whole chunks; None where the LATENT does not tell.
+
+    It goes by the length alone: what was done to samples in height, width or value does not change it.
+    """
+    match latent.get(STATE_KEY):
+        case VideoState(frames) if latent["samples"].shape[2] == num_chunks(frames) * CHUNK_LATENTS:
+            return frames
+    return None
+
+
 def video_state(latent: dict[str, Any]) -> VideoState | None:
     """The state a LATENT carries, or None if it has none or its samples were changed since and no longer fit."""
-    state, samples = latent.get(STATE_KEY), latent["samples"]
-    if not isinstance(state, VideoState) or samples.shape[2] != num_chunks(state.frames) * CHUNK_LATENTS:
+    if asked_frames(latent) is None:
         return None
-    if state.memory is not None and not _ends_in(samples, state.memory):
+    state: VideoState = latent[STATE_KEY]
+    if state.memory is not None and not _ends_in(latent["samples"], state.memory):
         return None
     return state
 

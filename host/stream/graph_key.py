@@ -22,7 +22,7 @@ from ...helios_core.quoting import quoted
 from ...helios_core.regular_file import FileFacts, facts_of
 from ..files import official
 
-KEY_FORMAT = "helios graph 2"  # raised when the same graph gives other latents than before
+KEY_FORMAT = "helios graph 3"  # raised when the same graph gives other latents than before
 # Inputs that change the video file, or how it is made, but no latents.
 OFFLOAD = {"group_offload", "blocks_per_group", "weights_in"}
 NOT_LATENTS = {
@@ -33,7 +33,11 @@ NOT_LATENTS = {
     "HeliosStreamVideo": OFFLOAD
     | {"vae", "fps", "crf", "bit_depth", "trim", "drop_first", "resume", "overlap_decode", "vae_offload"},
 }
-LOADERS = {"HeliosModelLoader": "model_name", "HeliosDiffusersLoader": "folder"}  # and the input that names files
+LOADERS = {  # and the input that names files
+    "HeliosModelLoader": "model_name",
+    "HeliosDiffusersLoader": "folder",
+    "HeliosLoraLoader": "lora_name",
+}
 
 Prompt = dict[str, dict[str, Any]]  # the host's API format: node id -> class_type, inputs
 
@@ -77,9 +81,9 @@ class NamedFiles:
     def of(self, text: str) -> Iterator[tuple[str, str, FileFacts]]:
         """(kind of folder, name, facts) of each file; none for a text that names none."""
         if folder := self.official.get(text):
-            for path in official.used_files(folder):
+            for name, path in official.used_files(folder).items():
                 if facts := facts_of(path):  # a download that was cut off leaves links to nothing
-                    yield "diffusers", path.relative_to(folder).as_posix(), facts
+                    yield "diffusers", name, facts
             return
         if not text or "\0" in text:
             return

@@ -31,7 +31,10 @@ class OnePass:
         self.tail: Tensor | None = None  # the newest chunk (B, 16, 9, H, W), in VAE space
 
     def run(self) -> tuple[list[Path], Tensor]:
-        """The files of the batch, and the last chunk (B, 16, 9, H, W) in VAE space."""
+        """The files of the batch, and the last chunk (B, 16, 9, H, W) in VAE space.
+
+        Whatever ends it early, an interrupt too, drops the chunk and the files under way; saved chunks stay.
+        """
         with self.writer, self.background:
             try:
                 self.write_saved()

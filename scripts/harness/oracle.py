@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from harness.tiny import TEXT_DIM, TINY
+from helios_core.checkpoint import own_name
 from helios_core.history import History
 from helios_core.pyramid import block_factor
 from helios_core.schedule import GAMMA_MAX
@@ -43,6 +44,11 @@ def transformer(seed: int = 0, **config: Any) -> Any:
     # At 64x64 the first stage has one token a frame, and the pipeline's `view` then fails on the output's strides.
     model.register_forward_hook(lambda module, args, output: tuple(x.contiguous() for x in output))
     return model
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """The reference transformer's, by the names that `HeliosTransformer` has for them."""
+    return {own_name(name): weight for name, weight in model.state_dict().items()}
 
 
 def ask(model: Any, latents: Tensor, timestep: Tensor, text: Tensor, history: History) -> Tensor:

@@ -166,7 +166,7 @@ def make_loud(model: Any, seed: int) -> Any:
             parameter.copy_(1.5 + 0.25 * noise)  # sharp attention: single tokens of prompt and history matter
         elif name.endswith("gamma") or (parameter.dim() == 1 and name.endswith("weight")):  # scales of norms
             parameter.copy_(1 + 0.25 * noise)
-        elif name.endswith(("scale_shift_table", "bias")):
+        elif name.endswith(("scale_shift_table", "scale_shift_table.weight", "bias")):
             parameter.copy_(0.25 * noise)
         else:
             parameter.copy_(noise / math.sqrt(parameter[0].numel()))

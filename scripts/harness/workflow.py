@@ -1,12 +1,15 @@
 """Turn a workflow as the page saves it into what the server runs, without a page.
 
 Follows what the page does for plain graphs: widget values in the order of the node's inputs (with the extra value that
-`control_after_generate` adds), links, muted and bypassed nodes, notes, reroutes and primitive nodes. Refuses the rest.
+`control_after_generate` adds, and the widgets that follow a choice), links, muted and bypassed nodes, notes, reroutes
+and primitive nodes. Refuses the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 ApiWorkflow = dict[str, dict[str, Any]]
@@ -14,7 +17,7 @@ MUTED, BYPASSED = 2, 4
 NOTES = ("Note", "MarkdownNote")
 REROUTE, PRIMITIVE = "Reroute", "PrimitiveNode"  # exist in the page only
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # which widgets follow depends on its value
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # of newer hosts (0.33): which widgets follow depends on its value
 CONTROLS = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
 SEEDS = ("seed", "noise_seed")  # have a control widget unless their node says otherwise
 UPLOADS = ("image_upload", "video_upload", "audio_upload")  # a button, whose value is its kind of file
@@ -94,17 +97,35 @@ def _bypass(node: dict[str, Any], slot: int) -> Any:
     return None
 
 
+@dataclass(frozen=True)
+class Widget:
+    """One widget of a node, as the page makes it."""
+
+    name: str
+    default: Any
+    second: tuple[str, ...] = ()  # possible values of a second widget that follows
+    dynamic: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # inputs that follow, by this one's value
+
+
 def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     """Values of the node's widgets by input name; defaults where the workflow is older than an added widget."""
     given = node.get("widgets_values") or []
-    widgets = list(_widgets(info))
-    if isinstance(given, dict):
-        return {name: given.get(name, default) for name, default, _ in widgets}
-    values, rest = {}, list(given)
-    for name, default, extra in widgets:
-        values[name] = _quote(rest.pop(0) if rest else default)
-        if extra and rest and rest[0] in extra:
-            rest.pop(0)
+    rest = [] if isinstance(given, dict) else list(given)
+    values = {}
+    widgets = deque(_widgets(info["input"], info.get("input_order") or {}))
+    while widgets:
+        widget = widgets.popleft()
+        if isinstance(given, dict):
+            value = given.get(widget.name, widget.default)
+            values[widget.name] = value
+        else:
+            value = rest.pop(0) if rest else widget.default
+            values[widget.name] = _quote(value)
+            if widget.second and rest and rest[0] in widget.second:
+                rest.pop(0)
+        if widget.dynamic:
+            following = widget.dynamic.get(value, {})
+            widgets.extendleft(reversed(list(_widgets(following, {}, f"{widget.name}."))))
     if rest:
         raise ValueError(
             f"Node {node['id']} ({node['type']}) has {len(given)} widget values, and {len(rest)} of them fit no input "
@@ -113,26 +134,27 @@ def _widget_values(node: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]
     return values
 
 
-def _widgets(info: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """(name, default, possible values of a second widget that follows) of a node's widgets, in the page's order."""
+def _widgets(inputs: dict[str, Any], orders: dict[str, Any], prefix: str = "") -> Iterator[Widget]:
+    """The widgets of a node's inputs, or of those that follow a choice, in the page's order."""
     for group in ("required", "optional"):
-        specs = info["input"].get(group) or {}
-        order = (info.get("input_order") or {}).get(group) or specs
-        for name in order:
+        specs = inputs.get(group) or {}
+        for name in orders.get(group) or specs:
             kind, options = (*specs[name], {})[:2]
-            if kind == DYNAMIC:
-                raise ValueError(f"Input {name} of {info['name']} is a {kind}: use 'Export (API)' in ComfyUI's page.")
             choices = kind if isinstance(kind, list) else options.get("options") or []
+            if kind == DYNAMIC:
+                dynamic = {choice["key"]: choice["inputs"] for choice in choices}
+                yield Widget(prefix + name, options.get("default", next(iter(dynamic), None)), dynamic=dynamic)
+                continue
             if not (isinstance(kind, list) or kind in WIDGET_TYPES) or options.get("forceInput"):
                 continue
             default = options.get("default", choices[0] if choices else None)
             control = options.get("control_after_generate")
+            second: tuple[str, ...] = ()
             if control or (control is None and kind == "INT" and name in SEEDS):
-                yield name, default, CONTROLS
+                second = CONTROLS
             elif any(options.get(upload) for upload in UPLOADS):
-                yield name, default, tuple(upload.partition("_")[0] for upload in UPLOADS)
-            else:
-                yield name, default, ()
+                second = tuple(upload.partition("_")[0] for upload in UPLOADS)
+            yield Widget(prefix + name, default, second)
 
 
 def _quote(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from comfyui_helios.helios_core.checkpoint import Checkpoint, open_checkpoint
+from comfyui_helios.helios_core.checkpoint import Checkpoint, open_checkpoint, published_name
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.quoting import quoted
 from comfyui_helios.helios_core.regular_file import CheckpointError
@@ -27,7 +27,12 @@ REPACK = {
     ".ffn.net.0.proj.": ".ffn.0.",
     ".ffn.net.2.": ".ffn.2.",
 }
-LAYOUTS = {"diffusers": {}, "older": {"norm_out.scale_shift_table": "scale_shift_table"}, "repack": REPACK}
+LAYOUTS = {
+    "diffusers": {},
+    "older": {"norm_out.scale_shift_table": "scale_shift_table"},
+    "repack": REPACK,
+    "as in memory": {"scale_shift_table": "scale_shift_table.weight"},
+}
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "transformer."]
 DISK_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
@@ -42,7 +47,7 @@ def rename(weights: dict[str, Tensor], names: dict[str, str], prefix: str = "") 
 
 
 def read(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return dict(read_tensors(checkpoint.tensors, lambda name: dtype))
+    return {published_name(name): tensor for name, tensor in read_tensors(checkpoint.tensors, lambda name: dtype)}
 
 
 def refusal(path: Path) -> str:
@@ -99,7 +104,7 @@ def test_shards_may_be_links_into_a_download_cache(official, tmp_path):
 def test_keys_of_an_unused_norm_are_ignored(tmp_path):
     weights = make_weights()
     save_file(weights | {"blocks.0.attn2.norm_added_q.weight": torch.ones(4)}, tmp_path / "a.safetensors")
-    assert open_checkpoint(tmp_path / "a.safetensors").tensors.keys() == weights.keys()
+    assert read(open_checkpoint(tmp_path / "a.safetensors")).keys() == weights.keys()
 
 
 @pytest.mark.parametrize("mode", ["scalar", "per_head"])

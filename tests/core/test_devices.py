@@ -21,10 +21,10 @@ from comfyui_helios.helios_core.pyramid import block_noise, double
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
 from harness import oracle
+from support.core_videos import QUICK
 from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
 
 CHUNKS = 2
-QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 PROMPTS_OF_THE_TEST = {"up: the test": 2}
 
 
@@ -209,8 +209,8 @@ def test_a_copy_on_another_device_has_rope_tables_of_its_own(card):
 @needs_cuda_build
 def test_weights_of_another_dtype_are_noticed(card):
     net = network(torch.bfloat16)
-    net.blocks[0].scale_shift_table.data = net.blocks[0].scale_shift_table.bfloat16()
-    with pytest.raises(AssertionError, match=r"blocks.0.scale_shift_table is torch.bfloat16; expected torch.float32"):
+    net.blocks[0].scale_shift_table.bfloat16()
+    with pytest.raises(AssertionError, match=r"0.scale_shift_table.weight is torch.bfloat16; expected torch.float32"):
         sample(QUICK, torch.bfloat16, net=net)
 
 

@@ -1,5 +1,6 @@
 """What a stranger reads first is true: the files it names are there, and the picture is that of the imports."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -39,3 +40,12 @@ def test_the_picture_is_that_of_the_imports():
     draw = runpy.run_path(str(ROOT / "scripts" / "draw_architecture.py"))["draw"]
     picture = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
     assert picture == draw(), "run `python scripts/draw_architecture.py` and look at docs/architecture.svg"
+
+
+def test_the_first_workflow_lists_every_word_that_its_model_knows():
+    world = runpy.run_path(str(ROOT / "training" / "world.py"))
+    workflow = json.loads((ROOT / "workflows" / "helios_first_run.json").read_text(encoding="utf-8"))
+    [note] = [node["widgets_values"][0] for node in workflow["nodes"] if node.get("title") == "Words it knows"]
+    kinds = [world[name] for name in ("COLOURS", "SHAPES", "SIZES", "BACKGROUNDS")]
+    known = set(" ".join([*(word for kind in kinds for word in kind), *world["MOTIONS"].values()]).split())
+    assert known - set(re.findall(r"\w+", note)) == set()

@@ -50,7 +50,7 @@ def traces(module):
 
 @pytest.mark.parametrize("gather", [True, False], ids=["gathered", "as they lie"])
 @pytest.mark.parametrize(
-    ("level", "blocks", "groups"), [("block", 1, 6), ("block", 4, 2), ("block", 9, 1), ("leaf", 1, 101)]
+    ("level", "blocks", "groups"), [("block", 1, 6), ("block", 4, 2), ("block", 9, 1), ("leaf", 1, 113)]
 )
 def test_same_bits(model, inputs, expected, level, blocks, groups, gather):
     offloader = Offloader(model, "cpu", level=level, blocks_per_group=blocks, gather=gather, keep_below=0)

@@ -1,4 +1,4 @@
-"""What `pip install '.[core]'` gives to a script, and what ComfyUI installs for the pack."""
+"""What `pip install '.[core]'` gives to a script, what ComfyUI installs for the pack, what the registry has."""
 
 import re
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
+from pathspec import GitIgnoreSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -63,3 +64,27 @@ def test_one_version_of_python_everywhere(project):
     assert project["project"]["requires-python"] == ">=3.11"
     assert project["tool"]["ruff"]["target-version"] == "py311"
     assert project["tool"]["mypy"]["python_version"] == "3.11"
+
+
+@pytest.fixture(scope="module")
+def archive():
+    """What the registry hands out, as comfy-cli packs it: the files of the checkout that .comfyignore does not name."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    left_out = GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines())
+    return {name for name in names if not left_out.match_file(name)}
+
+
+def test_the_archive_holds_the_pack_and_its_weights_but_not_their_making(archive):
+    weights = [Path(name).parts[:3] for name in archive if name.endswith(".safetensors")]
+    transformers = [("models", f"Helios-Tiny-{variant}", "transformer") for variant in ("Base", "Distilled", "Mid")]
+    assert sorted(weights) == [("models", "Helios-Tiny", part) for part in ("text_encoder", "vae")] + transformers
+    assert {"models/Helios-Tiny/tokenizer/spiece.model", "workflows/helios_first_run.json", "__init__.py"} <= archive
+    assert not {name.split("/")[0] for name in archive} & {"training", "tests", "benchmarks"}
+
+
+def test_no_link_is_shipped(archive):
+    """They do not survive a zip file, nor Windows."""
+    assert not [name for name in archive if (ROOT / name).is_symlink()]

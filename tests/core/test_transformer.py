@@ -26,7 +26,7 @@ CASES = {
 def pair(seed=0, **config):
     reference = oracle.transformer(seed, **config)
     ours = HeliosTransformer(TransformerConfig(**{**oracle.TINY, **config}))
-    ours.load_state_dict(reference.state_dict())
+    ours.load_state_dict(oracle.weights(reference))
     return reference, ours.eval()
 
 

@@ -15,6 +15,12 @@ load_comfyui(base.name)
 
 
 @pytest.fixture
+def nothing_shipped(tmp_path, monkeypatch):
+    """The lists hold what a test puts into the host's folders, and no Helios-Tiny behind it."""
+    monkeypatch.setattr("comfyui_helios.host.files.shipped.MODELS", tmp_path / "nowhere")
+
+
+@pytest.fixture
 def shown(monkeypatch):
     """What nodes write onto themselves, as (text, node id)."""
     messages = []

@@ -10,7 +10,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from comfyui_helios.helios_core.generate import Run
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.helios_core.schedule import BASE, DISTILLED
+from comfyui_helios.helios_core.schedule import BASE
 from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.model import compiled as compile_module
 from comfyui_helios.host.model.compiled import TIMING_KEY, compile_blocks, why_not
@@ -24,10 +24,9 @@ from comfyui_helios.host.sockets.prompt_track import set_track
 from comfyui_helios.nodes.compile import HeliosCompile
 from harness import oracle
 from harness.errors import difference
-from support.runs import run_node
+from support.runs import QUICK, run_node
 
 ONE_STAGE = replace(BASE, steps=(2,), guidance_scale=1.0)
-PYRAMID = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 CHUNKS = 3
 
 
@@ -68,7 +67,7 @@ def skip_transformer_options(guards):
     return [("transformer_options" not in guard.name) for guard in guards]
 
 
-@pytest.mark.parametrize("schedule", [PYRAMID, replace(ONE_STAGE, guidance_scale=5.0)], ids=["pyramid", "guided"])
+@pytest.mark.parametrize("schedule", [QUICK, replace(ONE_STAGE, guidance_scale=5.0)], ids=["pyramid", "guided"])
 def test_compiled_blocks_make_the_same_video(model, schedule):
     compiled = compile_blocks(model, "aot_eager", "default", None)
     expected = sample(model, schedule)
@@ -96,7 +95,7 @@ def test_blocks_are_compiled_by_stage_not_one_by_one(model):
         return graph.forward
 
     clone = compile_blocks(model, backend, "default", None)
-    sample(clone, PYRAMID)
+    sample(clone, QUICK)
     assert len(graphs) == 2 * 3
 
 

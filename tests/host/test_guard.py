@@ -13,7 +13,8 @@ from comfy_api.latest import io
 
 from comfyui_helios.host import messages
 from comfyui_helios.host.files import official
-from comfyui_helios.host.printable import guarded, listable, printable_log
+from comfyui_helios.host.guard import guarded
+from comfyui_helios.host.printable import listable, printable_log
 from comfyui_helios.nodes import HeliosExtension
 from comfyui_helios.nodes.load import HeliosModelLoader
 from comfyui_helios.nodes.prompts import HeliosPromptFromFile
@@ -32,7 +33,7 @@ class Node(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema(node_id="Node", inputs=[io.String.Input("text")])
+        return io.Schema(node_id="Node", inputs=[io.Combo.Input("text", options=[])])
 
     @classmethod
     def validate_inputs(cls, text):
@@ -134,7 +135,7 @@ def test_names_that_the_page_cannot_show_are_left_out_and_the_log_says_so_once(c
     assert r"'caf\udce9.left_out' is on no list" in caplog.text
 
 
-def test_every_list_of_options_leaves_them_out(tmp_path, monkeypatch):
+def test_every_list_of_options_leaves_them_out(tmp_path, monkeypatch, nothing_shipped):
     inputs, diffusers, models = (tmp_path / name for name in ("input", "diffusers", "diffusion_models"))
     for name in ["plain", *UNLISTED]:
         (diffusers / name / "transformer").mkdir(parents=True)

@@ -15,7 +15,10 @@ from comfyui_helios.host.files.official import find_folder, list_folders
 from comfyui_helios.nodes.load import HeliosDiffusersLoader
 
 HELIOS = json.dumps({"_class_name": "HeliosTransformer3DModel"})
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="makes links and pipes")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="makes links and pipes"),
+    pytest.mark.usefixtures("nothing_shipped"),
+]
 
 
 def make(folder: Path, config: str | bytes = HELIOS) -> Path:
@@ -149,7 +152,7 @@ def test_a_link_to_a_whole_disk_is_searched_in_part(models, monkeypatch, caplog)
     monkeypatch.setattr(os.path, "isfile", lambda path: looked.append(path) or isfile(path))
     (models / "a").symlink_to("/usr")
     assert list_folders() == GOOD
-    assert len(looked) == 50
+    assert len([path for path in looked if models in path.parents]) == 50
     assert "more than 50 folders" in caplog.text
 
 

@@ -22,7 +22,7 @@ def models(tmp_path_factory):
     return root
 
 
-def test_only_helios_folders_are_listed(models):
+def test_only_helios_folders_are_listed(models, nothing_shipped):
     assert list_folders() == ["BestWishYsh/Helios-Distilled"]
     assert find_folder("BestWishYsh/Helios-Distilled") == models / "BestWishYsh" / "Helios-Distilled"
 

@@ -14,6 +14,7 @@ from comfy.sampler_helpers import convert_cond
 from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.files import prompt_file as prompts_file
 from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.guard import guarded
 from comfyui_helios.host.sockets.prompt_track import find_track
 from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.prompts import NODES, HeliosPromptFromFile, HeliosPromptSchedule
@@ -41,7 +42,7 @@ def run(clip, *prompts, unit="chunks", blend=0, before=None, defaults=False):
         for number, (text, length) in enumerate(slots, start=1):
             widgets |= {f"prompt_{number}": text, f"length_{number}": length}
         widgets |= {"unit": unit, "blend": blend, "negative": "blurry"}
-    return HeliosPromptSchedule.execute(clip, **widgets, before=before).result
+    return guarded(HeliosPromptSchedule).execute(clip, **widgets, before=before).result
 
 
 class NeverUsed:
@@ -188,13 +189,13 @@ def validated(name):
 
 def take(name, index=0):
     assert validated(name) is True
-    return tuple(HeliosPromptFromFile.execute(name, index).result)
+    return tuple(guarded(HeliosPromptFromFile).execute(name, index).result)
 
 
 def refusal(name):
     """The message of a file that cannot be used, the same before the graph runs and while it does."""
     with pytest.raises(ValueError) as error:
-        HeliosPromptFromFile.execute(name, 0)
+        guarded(HeliosPromptFromFile).execute(name, 0)
     assert validated(name) == str(error.value)
     return str(error.value)
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.schedule import BASE, MID
@@ -83,10 +84,9 @@ def test_refuses_another_text_encoder(model):
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_refuses_a_replaced_model_sampling(model):
-    clone = model.clone()
-    clone.add_object_patch("model_sampling", torch.nn.Module())
-    with pytest.raises(ValueError, match="ModelSamplingSD3"):
-        sample(clone, QUICK)
+    [patched] = ModelSamplingSD3().patch(model, 3.0)
+    with pytest.raises(ValueError, match=r"went through ModelSamplingSD3 \(nodes_model_advanced\), which replaces"):
+        sample(patched, QUICK)
 
 
 @pytest.mark.usefixtures("nothing_loads")

@@ -42,7 +42,7 @@ CHOICES = [
     (node, widget.id)
     for node, cls in NODES.items()
     for widget in cls.define_schema().inputs
-    if isinstance(widget, io.Combo.Input) and widget.id not in ("file", "folder", "model_name")
+    if isinstance(widget, io.Combo.Input) and widget.id not in ("file", "folder", "model_name", "lora_name")
 ]
 
 
@@ -92,7 +92,7 @@ def test_a_choice_that_its_widget_does_not_have_is_refused(node, name):
 
 
 def test_the_host_still_finds_the_inputs_of_a_checked_node():
-    assert list(inspect.signature(HeliosChunkedVAEDecode.execute).parameters)[:3] == ["latent", "vae", "trim"]
+    assert list(inspect.signature(NODES["HeliosChunkedVAEDecode"].execute).parameters)[:3] == ["latent", "vae", "trim"]
 
 
 LATENTS = {

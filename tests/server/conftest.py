@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,10 +43,12 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
 def files(server: Host, models: Path) -> Path:
     """The files our workflows name: models made of the tiny folder, by our converter and by the host, and inputs."""
     folder = models / "diffusers" / "Helios-Distilled"
+    if os.environ.get("UPDATE_PICTURES"):  # which show more of a model that has learnt something
+        folder = ROOT / "models" / "Helios-Tiny-Distilled"
     target = models / "diffusion_models" / "helios_distilled_bf16.safetensors"
     subprocess.run([sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), folder, target], check=True)
     graph = {
-        "1": {"class_type": "HeliosDiffusersLoader", "inputs": {"folder": "Helios-Distilled", "dtype": "auto"}},
+        "1": {"class_type": "HeliosDiffusersLoader", "inputs": {"folder": folder.name, "dtype": "auto"}},
         "2": {"class_type": "VAESave", "inputs": {"vae": ["1", 2], "filename_prefix": "vae/tiny"}},
     }
     run_workflow(server.url, graph)
@@ -54,9 +58,10 @@ def files(server: Host, models: Path) -> Path:
     (models / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors").touch()
     torch.manual_seed(0)
     upscaler = SRVGGNetCompact(num_feat=8, num_conv=2, upscale=2)
+    torch.nn.init.zeros_(upscaler.body[-1].weight)  # what it adds to the enlarged image
     save_file(upscaler.state_dict(), models / "upscale_models" / "2x_upscaler.safetensors")
     inputs = server.base / "input"
-    frames = torch.randint(0, 256, (40, 96, 160, 3), dtype=torch.uint8).numpy()
+    frames = circling_ball(40, 96, 160)
     Image.fromarray(frames[0]).save(inputs / "example.png")
     with av.open(str(inputs / "video.mp4"), "w") as container:
         stream = container.add_stream("h264", rate=24)
@@ -64,8 +69,18 @@ def files(server: Host, models: Path) -> Path:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())
-    (inputs / "prompts.txt").write_text("# two prompts\nA red fox in the snow.\nA blue bird.\n")
+    (inputs / "prompts.txt").write_text(
+        "# two prompts\nA small red ball bounces up and down.\nA big blue square spins clockwise.\n"
+    )
     return models
+
+
+def circling_ball(frames: int, height: int, width: int) -> np.ndarray:
+    """A small red ball that circles counterclockwise on black, as Helios-Tiny knows it: (T, height, width, 3) uint8."""
+    turns = 2 * np.pi * np.arange(frames)[:, None, None] / 54
+    y, x = (np.indices((height, width)) - np.array([height, width])[:, None, None] / 2) / height
+    ball = (x - 0.21 * np.cos(turns)) ** 2 + (y + 0.21 * np.sin(turns)) ** 2 < 0.105**2
+    return np.where(ball[..., None], (230, 26, 31), 15).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")

@@ -92,6 +92,59 @@ def test_unknown_node_and_too_many_values_are_refused(server: Host) -> None:
         to_api(graph([node(1, "EmptyImage", [64, 64, 5, 255, 9], [], "IMAGE")], []), info)
 
 
+def choice(options: dict[str, Any]) -> list[Any]:
+    """A dynamic combo, as /object_info of newer hosts (0.33) describes it: each option brings inputs of its own."""
+    described = [{"key": key, "inputs": {"required": inputs}} for key, inputs in options.items()]
+    return ["COMFY_DYNAMICCOMBO_V3", {"options": described}]
+
+
+ENCODING = choice({"auto": {}, "re-encode": {"crf": ["FLOAT", {"default": 23.0}]}})
+CODEC = choice({"auto": {}, "h264": {"encoding": ENCODING, "preset": ["STRING", {"default": "slow"}]}})
+NEWER_SAVE = {
+    "input": {
+        "required": {"video": ["VIDEO", {}], "prefix": ["STRING", {}], "format": choice({"auto": {"codec": CODEC}})},
+        "optional": {"suffix": ["STRING", {"default": "x"}]},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["a"], {"prefix": "a", "format": "auto", "format.codec": "auto", "suffix": "x"}),
+        (["a", "auto", "auto"], {"prefix": "a", "format": "auto", "format.codec": "auto", "suffix": "x"}),
+        (
+            ["a", "auto", "h264", "re-encode", 18.0, "fast", "y"],
+            {
+                "prefix": "a",
+                "format": "auto",
+                "format.codec": "h264",
+                "format.codec.encoding": "re-encode",
+                "format.codec.encoding.crf": 18.0,
+                "format.codec.preset": "fast",
+                "suffix": "y",
+            },
+        ),
+        (
+            {"prefix": "a", "format.codec": "h264"},
+            {
+                "prefix": "a",
+                "format": "auto",
+                "format.codec": "h264",
+                "format.codec.encoding": "auto",
+                "format.codec.preset": "slow",
+                "suffix": "x",
+            },
+        ),
+    ],
+    ids=["older workflow", "saved on 0.3.75", "every choice made", "by name"],
+)
+def test_widgets_that_follow_a_choice_come_right_behind_it(given: Any, expected: dict[str, Any]) -> None:
+    api = to_api(graph([node(1, "Save", given, [])], []), {"Save": NEWER_SAVE})
+    assert api["1"]["inputs"] == expected
+    assert list(api["1"]["inputs"]) == list(expected)
+
+
 def test_rejection_names_node_and_reason(server: Host) -> None:
     workflow = to_api(odd_graph(), server.get("/object_info"))
     workflow["1"]["inputs"]["width"] = 0

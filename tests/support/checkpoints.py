@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from comfyui_helios.helios_core.checkpoint import published_name
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.transformer import HeliosTransformer
 
@@ -19,10 +20,10 @@ ODD_HEADS = TransformerConfig(
 
 
 def make_weights(config: TransformerConfig = SMALL, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random weights under the model's own names."""
+    """Random weights under the names of files."""
     rng = torch.Generator().manual_seed(0)
-    shapes = {name: x.shape for name, x in HeliosTransformer(config, device="meta").state_dict().items()}
-    return {name: torch.randn(shape, generator=rng).to(dtype) for name, shape in shapes.items()}
+    weights = HeliosTransformer(config, device="meta").state_dict()
+    return {published_name(name): torch.randn(x.shape, generator=rng).to(dtype) for name, x in weights.items()}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ SCHEDULES = {
     "mid": replace(MID, steps=(2, 1, 1), guidance_scale=2.0, zero_steps=0),
     "distilled": replace(DISTILLED, steps=(1, 1, 1)),
 }
+QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 LATENTS = (8, 8)
 
 
@@ -30,10 +31,10 @@ def network(device="cpu", dtype=torch.float32, **config):
 
 
 @torch.inference_mode()
-def video(model, schedule, device, chunks=2):
+def video(model, schedule, device, chunks=2, **options):
     """Latents (1, 16, 9k, H, W), float32 on the CPU, of a text-to-video run on this device."""
     rng = torch.Generator().manual_seed(1)
     prompts = torch.randn(2, 1, 12, CONFIG.text_dim, generator=rng).to(device, model.dtype)
-    bind = bind_transformer(model, schedule, *prompts)
+    bind = bind_transformer(model, schedule, *prompts, **options)
     memory = Memory.empty(1, *LATENTS).to(device)
     return torch.cat([chunk.latents.cpu() for chunk in generate(bind, Run(schedule, memory, chunks, rng))], dim=2)

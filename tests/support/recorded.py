@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.tiny import make_loud
+from helios_core.checkpoint import published_name
 from helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, SPATIAL_SCALE, TransformerConfig
 from helios_core.generate import Chunk, PredictFlow, Run, generate
 from helios_core.history import History, HistoryLayout
@@ -69,7 +70,7 @@ def random_inputs() -> dict[str, Tensor]:
     """All that a run is given beside its seed, in float16: halves of the file's size, and exact in float32."""
     rng = torch.Generator().manual_seed(SEED)
     network = make_loud(HeliosTransformer(NETWORK), SEED)
-    inputs = {f"network.{name}": weight for name, weight in network.state_dict().items()}
+    inputs = {f"network.{published_name(name)}": weight for name, weight in network.state_dict().items()}
     for name, frames in (("image", 1), ("still", 1), ("video", CHUNK_LATENTS)):
         inputs[name] = torch.randn(1, LATENT_CHANNELS, frames, LATENTS, LATENTS, generator=rng)
     for name in ("positive", "negative"):
@@ -128,7 +129,7 @@ def rope_numbers(height: int, width: int) -> dict[str, Tensor]:
 def run_numbers(variant: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first chunk from text, the second that goes on from it, and one each from an image and from a video."""
     schedule, network, asked = RUNS[variant], HeliosTransformer(NETWORK), list[float]()
-    network.load_state_dict({name: values[f"network.{name}"] for name in network.state_dict()})
+    network.load_state_dict({name: values[f"network.{published_name(name)}"] for name in network.state_dict()})
 
     def bind(index: int, history: History) -> PredictFlow:
         def predict_flow(latents: Tensor, timestep: float, sigma: float) -> Tensor:

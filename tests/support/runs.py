@@ -1,18 +1,13 @@
 """Runs of the pack's nodes outside of a server."""
 
 import json
-from dataclasses import replace
-from types import SimpleNamespace
 
-import torch
-
-from comfyui_helios.helios_core.schedule import DISTILLED
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from harness import oracle
+from harness.nodes import run_node as run_node
+from support.core_videos import QUICK as QUICK
 from support.videos import SEED
-
-QUICK = replace(DISTILLED, steps=(1, 1, 1), amplify_first_chunk=False)
 
 
 def make_distilled(folder):
@@ -26,13 +21,6 @@ def make_distilled(folder):
 
 def conditioning(embedding, **values):
     return [[embedding, values]]
-
-
-def run_node(node, *args, unique_id=None, prompt=None, **kwargs):
-    """Its outputs, run as the host runs it: without gradients, on this node of this graph, or on none."""
-    hidden = SimpleNamespace(unique_id=unique_id, prompt=prompt)
-    with torch.inference_mode():
-        return type("Node", (node,), {"hidden": hidden}).execute(*args, **kwargs).result
 
 
 def sample(model, schedule, size=(64, 64), chunks=1, seed=SEED, positive=None, negative=None, batch=1):

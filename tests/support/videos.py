@@ -97,7 +97,7 @@ def shift_as_trained(scheduler, case):
 def our_transformer(reference) -> HeliosTransformer:
     config = TransformerConfig.from_dict(reference.config)
     model = HeliosTransformer(config)
-    model.load_state_dict(reference.state_dict())
+    model.load_state_dict(oracle.weights(reference))
     return model.eval()
 
 

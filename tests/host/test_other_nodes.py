@@ -1,0 +1,210 @@
+"""Nodes of the host and of other packs on a Helios MODEL or LATENT: they work, or are refused by their name."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+
+import comfy.samplers
+import pytest
+import torch
+from comfy_api.latest import io
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode, WanContextWindowsManualNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+from comfy_extras.nodes_hypertile import HyperTile
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_perpneg import PerpNeg
+from comfy_extras.nodes_rope import ScaleROPE
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfy_extras.nodes_tomesd import TomePatchModel
+
+import nodes
+from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.network import HeliosNetwork
+from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
+from comfyui_helios.nodes.history import HeliosHistoryInjection
+from comfyui_helios.nodes.sample import HeliosChunkedSampler
+from harness import oracle
+from harness.errors import difference
+from support import streams
+from support.runs import QUICK, conditioning, make_distilled, run_node, sample
+
+SCHEDULES = {
+    "base": replace(BASE, steps=(8,)),
+    "mid": replace(MID, steps=(4, 4, 4)),
+    "distilled": replace(DISTILLED, steps=(4, 4, 4)),
+}
+EACH_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+SIZE = (128, 64)  # at 64x64 the lowest stage has one token a frame
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(str(make_distilled(tmp_path_factory.mktemp("models") / "Helios-Distilled")), "fp32")
+
+
+# Caches of steps
+
+CACHES = pytest.mark.parametrize("cache", [EasyCacheNode, LazyCacheNode], ids=["EasyCache", "LazyCache"])
+
+
+def cached(model, cache, threshold=1e9):
+    """With this threshold it skips every step that it can compare with two before it."""
+    return cache.execute(model.clone(), threshold, 0.0, 1.0, False).result[0]
+
+
+@CACHES
+@EACH_SCHEDULE
+def test_a_cache_of_steps_begins_anew_in_every_stage_of_every_chunk(model, cache, schedule, monkeypatch):
+    """Which steps run the network: the same ones in every chunk, and the first two of every stage."""
+    ran = []
+    predict = HeliosNetwork._predict
+
+    def watch(self, x, timestep, *args, **kwargs):
+        ran.append((tuple(x.shape[-2:]), timestep[0].item()))
+        return predict(self, x, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(HeliosNetwork, "_predict", watch)
+    chunks = 3
+    schedule = replace(schedule, amplify_first_chunk=False, zero_init=False)
+    video = sample(cached(model, cache), schedule, SIZE, chunks)["samples"]
+    assert torch.isfinite(video).all()
+    each = [ran[i : i + len(ran) // chunks] for i in range(0, len(ran), len(ran) // chunks)]
+    assert len(each) == chunks and each[0] == each[1] == each[2]
+    assert len(each[0]) == 2 * len(schedule.steps)
+    assert sorted({shape for shape, _ in each[0]}) == sorted({shape for shape, _ in each[0][::2]})
+
+
+@CACHES
+def test_a_cache_counts_the_steps_of_the_whole_video(model, cache, caplog):
+    caplog.set_level(logging.INFO)
+    sample(cached(model, cache), SCHEDULES["base"], SIZE, 3)
+    [line] = [line for line in caplog.messages if " - skipped " in line]
+    assert re.search(r"skipped 6/8 steps \(4\.00x speedup\)", line)  # a chunk's, on average
+
+
+@CACHES
+def test_a_cache_that_never_skips_changes_nothing(model, cache):
+    expected = sample(model, SCHEDULES["mid"], SIZE, 2)["samples"]
+    assert difference(sample(cached(model, cache, 0.0), SCHEDULES["mid"], SIZE, 2)["samples"], expected) < 1e-5
+
+
+# Functions on the MODEL
+
+
+@EACH_SCHEDULE
+@pytest.mark.parametrize("size", [(64, 64), SIZE], ids=str)
+def test_functions_of_the_model_are_given_contiguous_latents(model, schedule, size):
+    """As CFGZeroStarAndInit of KJNodes takes for granted."""
+    seen = []
+
+    def look(args):
+        found = {name: x for name, x in args.items() if isinstance(x, torch.Tensor) and x.ndim == 5}
+        seen.extend(name for name, x in found.items() if not x.is_contiguous())
+        return found.get("denoised", args["cond"])
+
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(look, disable_cfg1_optimization=True)
+    clone.set_model_sampler_post_cfg_function(look)
+    sample(clone, schedule, size)
+    assert seen == []
+
+
+@EACH_SCHEDULE
+def test_perp_neg_asks_with_a_prompt_of_its_own(model, schedule):
+    """With the negative prompt for the empty one nothing is perpendicular: what is left is plain guidance."""
+    _, negative = oracle.prompts()
+    [patched] = PerpNeg.execute(model, conditioning(negative), 1.0).result
+    schedule = replace(schedule, guidance_scale=3.0, guidance="cfg", zero_init=False)
+    expected = sample(model, schedule, SIZE)["samples"]
+    assert difference(sample(patched, schedule, SIZE)["samples"], expected) < 1e-4
+    [patched] = PerpNeg.execute(model, conditioning(-negative), 1.0).result
+    assert difference(sample(patched, schedule, SIZE)["samples"], expected) > 1e-3
+
+
+def test_a_prompt_of_another_node_gets_no_history_after_the_run(model):
+    sample(model, QUICK)
+    assert model.model.extra_conds(cross_attn=oracle.prompts()[0]).keys() == {"c_crossattn"}
+
+
+WINDOWS = ("standard_static", 1, False, "pyramid")
+REFUSED = {
+    "context windows": (lambda m: ContextWindowsManualNode.execute(m, 16, 4, *WINDOWS, 2)),
+    "context windows of 5": (lambda m: WanContextWindowsManualNode.execute(m, 5, 0, *WINDOWS)),
+    "ScaleROPE": (lambda m: ScaleROPE.execute(m, 2.0, 0.0, 1.0, 0.0, 1.0, 0.0)),
+    "HyperTile": (lambda m: io.NodeOutput(*HyperTile.execute(m, 256, 2, 0, False))),  # a tuple, on this host
+    "TomePatchModel": (lambda m: TomePatchModel.execute(m, 0.3)),
+    "SelfAttentionGuidance": (lambda m: SelfAttentionGuidance.execute(m, 0.5, 2.0)),
+}
+NAMES = {"context windows of 5": "IndexListContextHandler", "context windows": "IndexListContextHandler"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_helios_has_no_place_for_is_refused_before_anything_loads(model, name, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: pytest.fail("was loaded"))
+    [patched] = REFUSED[name](model).result
+    with pytest.raises(ValueError, match=rf"{NAMES.get(name, name)}.*Take"):
+        sample(patched, QUICK)
+
+
+def test_what_a_node_asks_the_network_for_during_a_step_is_refused_too(model):
+    [patched] = PerturbedAttentionGuidance.execute(model, 3.0).result
+    with pytest.raises(ValueError, match="PerturbedAttentionGuidance .*, which Helios does not have"):
+        sample(patched, QUICK)
+
+
+def test_a_replaced_part_that_helios_does_not_have_is_refused(model):
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model.rope_embedder.k", 3)
+    with pytest.raises(ValueError, match="replaces diffusion_model.rope_embedder.k, which Helios does not have"):
+        sample(clone, QUICK)
+
+
+# What is in a LATENT
+
+
+def inputs(frames=66, **more):
+    prompts = map(conditioning, oracle.prompts())
+    return run_node(HeliosHistoryInjection, *prompts, width=64, height=64, frames=frames, batch_size=1, **more)
+
+
+def test_the_samples_of_a_latent_are_not_used_and_the_node_says_so(model, shown):
+    positive, negative, empty = inputs()
+    [made] = run_node(HeliosChunkedSampler, model, positive, negative, empty, QUICK, 3, unique_id="1")
+    assert shown == []
+    [again] = run_node(HeliosChunkedSampler, model, positive, negative, made, QUICK, 3, unique_id="1")
+    assert "What is in `latent` is not used" in shown[0][0]
+    assert torch.equal(again["samples"], made["samples"])
+
+
+def test_a_noise_mask_is_refused(model):
+    positive, negative, empty = inputs()
+    [masked] = nodes.SetLatentNoiseMask().set_mask(empty, torch.ones(1, 64, 64))
+    with pytest.raises(ValueError, match="has a noise mask"):
+        run_node(HeliosChunkedSampler, model, positive, negative, masked, QUICK, 3)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return streams.make_parts(tmp_path_factory.mktemp("parts"))
+
+
+def test_trim_goes_by_the_length_alone(model, parts, shown):
+    """A flipped or upscaled video has the frames that were asked for."""
+    positive, negative, empty = inputs(frames=60)
+    [made] = run_node(HeliosChunkedSampler, model, positive, negative, empty, QUICK, 3)
+    [flipped] = nodes.LatentFlip().flip(made, "x-axis: vertically")
+    images, _ = run_node(HeliosChunkedVAEDecode, flipped, parts.vae, True, unique_id="flipped")
+    assert len(images) == 60
+    assert shown == []
+
+
+def test_a_trim_that_cannot_be_is_told(model, parts, shown):
+    latent = {"samples": torch.zeros(1, 16, 18, 8, 8)}  # as Load Latent has it
+    images, _ = run_node(HeliosChunkedVAEDecode, latent, parts.vae, True, unique_id="loaded")
+    assert len(images) == 66
+    assert "Not trimmed: the LATENT does not say how many frames were asked for" in shown[0][0]
+    run_node(HeliosChunkedVAEDecode, latent, parts.vae, False, unique_id="loaded")
+    assert shown[-1][0] == ""
