@@ -53,6 +53,7 @@ if importlib.util.find_spec("triton") is not None:
 
 def rows(shape: Shape, folder: Path) -> Iterator[Row]:
     network = transformer(shape)
+    _fuse(network, False)
     peak = matrix_peak(shape)
     work = count_work(network, shape)
     yield Row("matrix_peak", peak / TERA, None, "TFLOP/s", note=f"bf16, {shape.matrix} cubed")
@@ -112,14 +113,16 @@ def section(name: str, rows: Iterable[Row]) -> Generator[Row, None, Any]:
 @contextmanager
 def fusing(network: HeliosTransformer, interpreted: bool = False) -> Iterator[None]:
     """Blocks with fused kernels; without a card only if they may be interpreted, which takes a minute a chunk."""
-    blocks = [cast(Block, block) for block in network.blocks]
-    for block in blocks:
-        block.fuse = interpreted or device().type == "cuda"
+    _fuse(network, interpreted or device().type == "cuda")
     try:
         yield
     finally:
-        for block in blocks:
-            block.fuse = False
+        _fuse(network, False)
+
+
+def _fuse(network: HeliosTransformer, fuse: bool) -> None:
+    for block in network.blocks:
+        cast(Block, block).fuse = fuse
 
 
 def _compile(network: Any, shape: Shape) -> None:
