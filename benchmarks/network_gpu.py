@@ -53,7 +53,7 @@ if importlib.util.find_spec("triton") is not None:
 
 def rows(shape: Shape, folder: Path) -> Iterator[Row]:
     network = transformer(shape)
-    _fuse(network, False)
+    _never_fuse(network)
     peak = matrix_peak(shape)
     work = count_work(network, shape)
     yield Row("matrix_peak", peak / TERA, None, "TFLOP/s", note=f"bf16, {shape.matrix} cubed")
@@ -112,17 +112,18 @@ def section(name: str, rows: Iterable[Row]) -> Generator[Row, None, Any]:
 
 @contextmanager
 def fusing(network: HeliosTransformer, interpreted: bool = False) -> Iterator[None]:
-    """Blocks with fused kernels; without a card only if they may be interpreted, which takes a minute a chunk."""
-    _fuse(network, interpreted or device().type == "cuda")
+    """Blocks with fused kernels; without a card only one, and if it may be interpreted, which takes its time."""
+    for block in network.blocks if device().type == "cuda" else network.blocks[-1:] if interpreted else ():
+        cast(Block, block).fuse = True
     try:
         yield
     finally:
-        _fuse(network, False)
+        _never_fuse(network)
 
 
-def _fuse(network: HeliosTransformer, fuse: bool) -> None:
+def _never_fuse(network: HeliosTransformer) -> None:
     for block in network.blocks:
-        cast(Block, block).fuse = fuse
+        cast(Block, block).fuse = False
 
 
 def _compile(network: Any, shape: Shape) -> None:
