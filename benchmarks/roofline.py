@@ -36,14 +36,15 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Operation:
-    """What one kernel does; BETWEEN is what lies between products and attention, by the fused kernels."""
+    """What one kernel does; BETWEEN is what lies between products and attention, by the fused kernels.
+
+    The shape of a product is its rows, inputs and outputs, that of attention its queries, keys, heads and their size.
+    """
 
     kind: str
     flops: int
     bytes: int
-    shape: tuple[
-        int, ...
-    ] = ()  # rows, inputs and outputs of a product; queries, keys, heads and their size of attention
+    shape: tuple[int, ...] = ()
 
 
 def product(rows: int, inputs: int, outputs: int) -> Operation:

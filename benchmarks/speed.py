@@ -72,10 +72,7 @@ SMALL_CONFIG = {**CONFIG, "num_attention_heads": 2, "ffn_dim": 704, "text_dim": 
 
 # What this benchmark cannot say; kept with its results.
 OPEN = (
-    "14B in bf16 on a GPU (make bench-gpu): forward of each stage, chunk_111, chunk_222, frames per second with VAE, "
-    "latency of the first chunk, share of the matrix peak, attention backends, ways to decode, diffusers in its best "
-    "setting",
-    "Own Triton kernels against the compiled path: need a GPU",
+    "On a GPU (make gpu; docs/benchmarks/h200.md): compiled blocks, and diffusers in its best setting",
     "The PSNR of decoding in bf16 on the real VAE's weights: random ones stand in for them here",
 )
 
