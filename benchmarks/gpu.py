@@ -43,6 +43,7 @@ SECONDS = {  # that each part is expected to take on an H200, what is worth most
     "offload_block_disk": 100,
     "offload_leaf_disk": 100,
 }
+INTERPRETED = ("tests_fused", "network")  # whose kernels a rehearsal runs in Triton's interpreter
 REHEARSAL_SECONDS = 150  # of a part, on a busy machine
 SCRATCH = "scratch"  # in the folder of the results, while a run lasts: the 14B model's weights, 29 GB
 
@@ -63,7 +64,7 @@ def main() -> int:
     if not (options.tiny or options.summary or torch.cuda.is_available()):
         parser.error("there is no GPU here that PyTorch can use. TINY=1 (--tiny) rehearses on toy sizes on the CPU.")
     if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when a part imports it
+        os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when a part imports it, and the core again
 
     command = [sys.executable, __file__, *(["--tiny"] if options.tiny else []), "--folder", str(folder), "--part"]
     parts = [
@@ -90,6 +91,8 @@ def run_part(name: str, folder: Path, tiny: bool) -> int:
         print(row, flush=True)
         add_row(folder / f"{name}.json", row)
 
+    if name not in INTERPRETED:
+        os.environ.pop("TRITON_INTERPRET", None)
     try:
         if name.startswith("tests_"):
             card_tests.run(name.removeprefix("tests_"), emit)

@@ -17,26 +17,26 @@ from helios_core.history import Memory
 from helios_core.layers import GELU, Block, Modulation, Table
 from helios_core.transformer import HeliosTransformer
 
-WARPS = (4, 8, 16)
+WARPS = (4, 8, 16) if torch.cuda.is_available() else ()  # the interpreter knows none
 CALLS = 10 if torch.cuda.is_available() else 1  # in a row, so that a launch is not what is measured
 
 
 def rows(network: HeliosTransformer, shape: Shape) -> Iterator[Row]:
-    """Ours with as many warps a token as `fused` takes; the note has the others."""
+    """Ours with as many warps a token as `fused` takes; the note has other numbers of them."""
     fused: Any = elementwise.fused_where_possible(random(1, 1, 2))
     if fused is elementwise:
         yield Row.open("kernels", "Triton is missing or does not run here")
         return
     own = fused.WARPS
     for name, (call, size) in calls(network, shape).items():
-        plain = median(partial(call, elementwise), shape.turns) / CALLS
-        times = {}
+        plain, ours = (median(partial(call, by), shape.turns) / CALLS for by in (elementwise, fused))
+        rates = [f"{size / ours / TERA:.2f} TB/s"]
         for warps in WARPS:
-            fused.WARPS = warps
-            times[warps] = median(partial(call, fused), shape.turns) / CALLS
+            fused.WARPS = dict.fromkeys(own, warps)
+            took = median(partial(call, fused), shape.turns) / CALLS
+            rates.append(f"{size / took / TERA:.2f} with {warps} warps")
         fused.WARPS = own
-        rates = ", ".join(f"{size / took / TERA:.2f} TB/s with {warps} warps" for warps, took in times.items())
-        yield Row.compare(f"kernel_{name}", times[own], plain, "s", f"peer: plain torch; {rates}")
+        yield Row.compare(f"kernel_{name}", ours, plain, "s", f"peer: plain torch; {', '.join(rates)}")
     yield from product_with_gelu(network, shape)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -42,10 +43,17 @@ from helios_core.transformer import HeliosTransformer
 
 RECOMPILE_LIMIT = 64  # as the node Helios Compile has it
 STEPS = ((1, 1, 1), (2, 2, 2))
+# What other versions of torch, Triton and diffusers may raise, and a card that is too small.
+LIBRARY_ERRORS: tuple[type[Exception], ...] = (RuntimeError, ImportError, ValueError, TypeError, AttributeError)
+if importlib.util.find_spec("triton") is not None:
+    from triton.runtime.errors import TritonError
+
+    LIBRARY_ERRORS += (TritonError,)
 
 
 def rows(shape: Shape, folder: Path) -> Iterator[Row]:
     network = transformer(shape)
+    _never_fuse(network)
     peak = matrix_peak(shape)
     work = count_work(network, shape)
     yield Row("matrix_peak", peak / TERA, None, "TFLOP/s", note=f"bf16, {shape.matrix} cubed")
@@ -96,20 +104,26 @@ def section(name: str, rows: Iterable[Row]) -> Generator[Row, None, Any]:
     """The rows, up to an error, which becomes a row; returns what they return, or else None."""
     try:
         return (yield from rows)
-    except RuntimeError as error:  # out of memory too
+    except LIBRARY_ERRORS as error:
+        traceback.print_exc()
         yield Row.open(name, first_line(error))
     return None
 
 
 @contextmanager
 def fusing(network: HeliosTransformer, interpreted: bool = False) -> Iterator[None]:
-    """Blocks with fused kernels; without a card only if they may be interpreted, which takes a minute a chunk."""
-    blocks = [cast(Block, block) for block in network.blocks]
-    for block in blocks:
-        block.fuse = interpreted or device().type == "cuda"
-    yield
-    for block in blocks:
-        block.fuse = False
+    """Blocks with fused kernels; without a card only one, and if it may be interpreted, which takes its time."""
+    for block in network.blocks if device().type == "cuda" else network.blocks[-1:] if interpreted else ():
+        cast(Block, block).fuse = True
+    try:
+        yield
+    finally:
+        _never_fuse(network)
+
+
+def _never_fuse(network: HeliosTransformer) -> None:
+    for block in network.blocks:
+        cast(Block, block).fuse = False
 
 
 def _compile(network: Any, shape: Shape) -> None:

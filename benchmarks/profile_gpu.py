@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity
 
 KINDS = {  # by what a kernel's name holds; the first that fits
     "attention": "flash|fmha|attention|sdpa|mha",
+    "convolutions": "conv|fprop|implicit|cudnn",
     "matrix_products": "gemm|nvjet|cutlass|cublas|xmma|splitk|aten::(add)?mm$|aten::linear$|aten::(b|addb)mm$",
-    "convolutions": "conv|cudnn",
     "fused": "_residual_modulated_norm|_gated_residual_norm|_rms_norm_rope",
     "copies_and_casts": "memcpy|memset|copy|catarray|aten::(_to_copy|to|cat)$",
     "norms_and_elementwise": "",

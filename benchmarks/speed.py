@@ -9,8 +9,9 @@ and ways to decode (against one chunk at a time in float32).
 
 The transformer has two layers, an ordinary one and the last. So few flatter us: the text projection that a chunk saves
 and the part of the last layer that is not computed weigh less in a deep one. chunk_222_12_layers says how much less;
-chunk_222_per_layer is what a further layer costs, and its ratio the one that a deep transformer tends to. node_overhead
-has 12 layers too: what a node costs is lost in the noise of two.
+chunk_222_per_layer is what a further layer costs, and its ratio the one that a deep transformer tends to.
+chunk_222_over_kernels has those 12 layers beside their products and attention alone, of which 1.10 times are wanted.
+node_overhead has 12 layers too: what a node costs is lost in the noise of two.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from typing import Any
 
 import decode
 import paths  # noqa: F401
+import roofline
 import torch
+import torch.nn.functional as F
 from measure import ROOT, Compare, Row, in_turns, machine, peak_extra_bytes, seconds, table, write
 from torch import Tensor
 
@@ -37,6 +40,7 @@ from harness.pack import load_comfyui, load_pack
 
 load_pack()
 
+from comfyui_helios.helios_core.attention import sdpa  # noqa: E402
 from comfyui_helios.helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, TransformerConfig  # noqa: E402
 from comfyui_helios.helios_core.generate import BindChunk, Run, generate  # noqa: E402
 from comfyui_helios.helios_core.history import Memory  # noqa: E402
@@ -68,10 +72,7 @@ SMALL_CONFIG = {**CONFIG, "num_attention_heads": 2, "ffn_dim": 704, "text_dim": 
 
 # What this benchmark cannot say; kept with its results.
 OPEN = (
-    "14B in bf16 on a GPU (make bench-gpu): forward of each stage, chunk_111, chunk_222, frames per second with VAE, "
-    "latency of the first chunk, share of the matrix peak, attention backends, ways to decode, diffusers in its best "
-    "setting",
-    "Own Triton kernels against the compiled path: need a GPU",
+    "On a GPU (make gpu; docs/benchmarks/h200.md): compiled blocks, and diffusers in its best setting",
     "The PSNR of decoding in bf16 on the real VAE's weights: random ones stand in for them here",
 )
 
@@ -176,12 +177,38 @@ def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterato
     yield Row.compare("chunk_111", *times("chunk_111", (1, 1, 1)), "s")
     few = times("chunk_222", (2, 2, 2))
     yield Row.compare("chunk_222", *few, "s")
-    many = times("chunk_222_12_layers", (2, 2, 2), *networks(DEEP_CONFIG))
+    deep = networks(DEEP_CONFIG)
+    many = times("chunk_222_12_layers", (2, 2, 2), *deep)
     yield Row.compare("chunk_222_12_layers", *many, "s")
     further = DEEP_CONFIG["num_layers"] - CONFIG["num_layers"]
     ours_each, theirs_each = ((deep - shallow) / further for deep, shallow in zip(many, few, strict=True))
     note = "the difference of the two rows above, per layer"
     yield Row.compare("chunk_222_per_layer", ours_each, theirs_each, "s", note)
+    bind = bind_transformer(deep[1], DISTILLED, prompt(DEEP_CONFIG))
+    alone = kernels_alone(deep[1].config, (2, 2, 2))
+    took, kernels = compare(lambda: next(our_chunks(bind, LATENTS, (2, 2, 2))), alone)
+    note = f"peer: its products and attention alone; {took / kernels:.3f} of them, 1.10 wanted"
+    yield Row.compare("chunk_222_over_kernels", took, kernels, "s", note)
+
+
+def kernels_alone(config: Any, steps: tuple[int, ...]) -> Callable[[], None]:
+    """The matrix products and attention of a chunk, in its order, on random inputs that those of one shape share."""
+    shapes = [operation.shape for operation in roofline.chunk(config, LATENTS, steps) if operation.shape]
+    calls = {shape: product_alone(*shape) if len(shape) == 3 else attention_alone(*shape) for shape in set(shapes)}
+
+    def run() -> None:
+        for shape in shapes:
+            calls[shape]()
+
+    return run
+
+
+def product_alone(rows: int, inputs: int, outputs: int) -> Callable[[], Tensor]:
+    return partial(F.linear, torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs))
+
+
+def attention_alone(queries: int, keys: int, heads: int, size: int) -> Callable[[], Tensor]:
+    return partial(sdpa, *(torch.randn(1, length, heads, size) for length in (queries, keys, keys)))
 
 
 def through_nodes(compare: Compare) -> Iterator[Row]:

@@ -1,12 +1,7 @@
 """The device that tests of a card run on: the CPU where there is none, which rehearses them."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is first imported
 
 
 @pytest.fixture(scope="session")
