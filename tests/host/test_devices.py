@@ -47,6 +47,10 @@ def folder(tmp_path_factory):
     return str(path / "transformer")
 
 
+# What hosts from 0.24 on ask torch's own idea of a card, and the answers.
+NEWER_ASK = {"synchronize": None, "current_device": 0, "set_device": None}
+
+
 @pytest.fixture
 def card(monkeypatch):
     """A card in the host's eyes: what it asks torch or the driver about one is answered here, and nothing else."""
@@ -60,6 +64,8 @@ def card(monkeypatch):
     monkeypatch.setattr(management, "get_free_memory", memory)
     monkeypatch.setattr(management, "get_total_memory", memory)
     monkeypatch.setattr(management, "current_loaded_models", [])
+    for name, answer in NEWER_ASK.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0, name="pretended")
     )

@@ -170,3 +170,24 @@ def test_converter_agrees_with_the_page(workflow: dict[str, Any] | Path, page: P
     page.load(workflow)
     of_page = {k: {name: n[name] for name in ("class_type", "inputs")} for k, n in page.to_api().items()}
     assert to_api(workflow, server.get("/object_info")) == of_page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "values",
+    [["scale dimensions", 96, 64, "center", "area"], ["scale by multiplier", 2.0, "lanczos"]],
+    ids=lambda values: values[0],
+)
+def test_converter_agrees_with_the_page_on_a_choice(values: list[Any], page: Page, server: Host) -> None:
+    info = server.get("/object_info")
+    if "ResizeImageMaskNode" not in info:
+        pytest.skip("this host has no node with such a choice")
+    nodes = [
+        node(1, "EmptyImage", [64, 64, 1, 255], [], "IMAGE"),
+        node(2, "ResizeImageMaskNode", values, [("input", "IMAGE,MASK", 1)], "IMAGE"),
+        node(3, "PreviewImage", [], [("images", "IMAGE", 2)]),
+    ]
+    workflow = graph(nodes, [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "IMAGE"]])
+    page.load(workflow)
+    of_page = {k: {name: n[name] for name in ("class_type", "inputs")} for k, n in page.to_api().items()}
+    assert to_api(workflow, info) == of_page
