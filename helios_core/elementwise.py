@@ -9,7 +9,6 @@ arithmetic on it.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import subprocess
@@ -74,24 +73,25 @@ def fused_where_possible(x: Tensor) -> ModuleType:
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton itself, on any device
     possible = (x.is_cuda or interpreted) and not torch.is_grad_enabled() and x.stride(-1) == 1
-    if torch.compiler.is_compiling() or not possible or not _kernels_run(x.device):
-        return sys.modules[__name__]
-    return importlib.import_module(f"{__package__}.fused")
+    fused = None if torch.compiler.is_compiling() or not possible else _fused(x.device)
+    return sys.modules[__name__] if fused is None else fused
 
 
 @cache
-def _kernels_run(device: torch.device) -> bool:
-    """Whether Triton is here, knows this device, and finds the compiler it builds its launchers with."""
+def _fused(device: torch.device) -> ModuleType | None:
+    """The kernels, if Triton is here, knows this device, and finds the compiler it builds its launchers with."""
     try:
         from triton.runtime.errors import TritonError
 
         from . import fused
     except (ImportError, OSError) as error:
         logger.info("Without fused kernels: %s", error)
-        return False
+        return None
     try:
         fused.try_out(device)
-    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except torch.OutOfMemoryError:  # which says nothing of the kernels
+        raise
+    except (TritonError, ImportError, AttributeError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         logger.warning("Without fused kernels, which do not run on %s: %s", device, error)
-        return False
-    return True
+        return None
+    return fused

@@ -6,6 +6,7 @@ weights: then it is called, and what is left is fused.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -236,10 +237,18 @@ def _launch(kernel: Any, x: Tensor, *args: Any) -> None:
 
 def try_out(device: torch.device) -> None:
     """Raises RuntimeError where a kernel gives another result than plain torch on this device."""
+    from .layers import Modulation
+
     rng = torch.Generator().manual_seed(0)
-    x, rope = (torch.randn(shape, generator=rng).to(device) for shape in ((1, 2, 64), (2, 2, 16)))
-    norm = nn.RMSNorm(64, eps=1e-6, device=device)
-    found = rms_norm_rope(x.clone(), norm, rope, 2)
-    expected = elementwise.rms_norm_rope(x.clone(), norm, rope, 2)
-    if not torch.allclose(found, expected, atol=TRIED_OUT * expected.abs().max().item()):
-        raise RuntimeError("their result is wrong")
+    shapes = ((1, 2, 64), (1, 2, 64), (1, 1, 64), (1, 1, 64), (2, 2, 16))
+    x, update, past, now, rope = (torch.randn(shape, generator=rng).to(device) for shape in shapes)
+    row = Modulation(past, now, history_tokens=1)
+    layer_norm, rms_norm = nn.LayerNorm(64, eps=1e-6, device=device), nn.RMSNorm(64, eps=1e-6, device=device)
+
+    def results(by: Any) -> list[Tensor]:
+        gated = by.gated_residual_norm(x, update.clone(), row, layer_norm, 0)
+        return [by.modulated_norm(x, row, row, 1e-6), *gated, by.rms_norm_rope(x.clone(), rms_norm, rope, 2)]
+
+    for found, expected in zip(results(sys.modules[__name__]), results(elementwise), strict=True):
+        if not torch.allclose(found, expected, atol=TRIED_OUT * expected.abs().max().item()):
+            raise RuntimeError("their result is wrong")

@@ -67,20 +67,24 @@ class Builder:
     def layer_norm(self, width: int, eps: float) -> nn.LayerNorm:
         return self.operations.LayerNorm(width, eps=eps, dtype=torch.float32, device=self.device)
 
-    def table(self, rows: int, width: int) -> Table:
-        return Table(torch.randn(1, rows, width, device=self.device) / math.sqrt(width))
+    def modulation_table(self, rows: int, width: int) -> Table:
+        return self.table(torch.randn(1, rows, width, device=self.device) / math.sqrt(width))
+
+    def table(self, values: Tensor) -> Table:
+        kind: type[Table] = getattr(self.operations, "Table", Table)
+        return kind(values)
 
 
 class Table(nn.Module):
-    """A layer's own rows of modulation. In a file it is a bare tensor; hosts patch and move `weight`s of modules."""
+    """Float32 values that belong to no layer of torch's. In a file they are a bare tensor; hosts patch and move
+    `weight`s of modules."""
 
     def __init__(self, values: Tensor):
         super().__init__()
         self.weight = nn.Parameter(values, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, rows or 1, D) with the table (1, rows, D) added, in float32."""
-        return x.float() + self.weight.to(device=x.device, dtype=torch.float32)
+    def forward(self, device: torch.device) -> Tensor:
+        return self.weight.to(device=device, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,10 @@ class Modulation:
     history_tokens: int
 
     def chunk(self, table: Table) -> list[Modulation]:
-        """Add a layer's own table and part the rows: as many modulations, of one row each."""
-        history, noisy = (table(x).split(1, dim=1) for x in (self.history, self.noisy))
-        return [Modulation(*rows, self.history_tokens) for rows in zip(history, noisy, strict=True)]
+        """Add a layer's own table (1, rows, D) and part the rows: as many modulations, of one row each."""
+        rows = table(self.noisy.device)
+        history, noisy = ((x.float() + rows).split(1, dim=1) for x in (self.history, self.noisy))
+        return [Modulation(*pair, self.history_tokens) for pair in zip(history, noisy, strict=True)]
 
     def without_history(self) -> Modulation:
         """The same modulation for a sequence of the noisy tokens alone."""
@@ -170,19 +175,6 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class HistoryKeyScale(nn.Module):
-    """How much keys of the history are amplified, 1 to 10 times: alike in all heads, or each by its own."""
-
-    def __init__(self, scales: int, build: Builder):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(scales, device=build.device), requires_grad=False)
-
-    def forward(self, keys: Tensor) -> Tensor:
-        """Overwrites keys (B, S, heads, head_dim), and returns them."""
-        scale = torch.sigmoid(self.weight.to(device=keys.device, dtype=torch.float32))
-        return keys.mul_((1 + scale * (HISTORY_KEY_SCALE_MAX - 1)).view(1, 1, -1, 1))
-
-
 class SelfOrCrossAttention(nn.Module):
     """Multi-head attention with RMS-normalised queries and keys (over the full width, before the split into heads)."""
 
@@ -194,7 +186,7 @@ class SelfOrCrossAttention(nn.Module):
         self.to_out = nn.ModuleList([build.block_linear(width, width)])
         self.norm_q, self.norm_k = (build.rms_norm(width, config.eps) for _ in range(2))
         scales = 1 if config.history_scale_mode == "scalar" else self.heads
-        self.history_key_scale = HistoryKeyScale(scales, build) if amplify_history else None
+        self.history_key_scale = build.table(torch.ones(scales, device=build.device)) if amplify_history else None
 
     def queries(self, x: Tensor, rope: Tensor | None = None, between: ModuleType = elementwise) -> Tensor:
         """x (B, S, D) -> (B, S, heads, head_dim); rope (2, S, head_dim / 2) is for self-attention."""
@@ -206,7 +198,8 @@ class SelfOrCrossAttention(nn.Module):
         """Keys and values of x (B, L, D), each (B, L, heads, head_dim). Keys of the history may be amplified."""
         key = between.rms_norm_rope(self.to_k(x), self.norm_k, rope, self.heads)
         if self.history_key_scale is not None:
-            self.history_key_scale(key[:, :history_tokens])
+            scale = torch.sigmoid(self.history_key_scale(key.device))  # of all heads, or of each
+            key[:, :history_tokens] *= (1 + scale * (HISTORY_KEY_SCALE_MAX - 1)).view(1, 1, -1, 1)
         return key, self.to_v(x).unflatten(-1, (self.heads, -1))
 
     def forward(self, query: Tensor, keys_values: KeysValues, attend: Attention) -> Tensor:
@@ -215,7 +208,7 @@ class SelfOrCrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    fuse = True  # what lies between products and attention, by `fused` where that runs: on an H200 1.2 times as fast
+    fuse = True  # what lies between products and attention, by `fused` where that runs
 
     def __init__(self, config: TransformerConfig, build: Builder):
         super().__init__()
@@ -225,7 +218,7 @@ class Block(nn.Module):
         self.attn2 = SelfOrCrossAttention(config, build)
         self.norm2 = build.layer_norm(config.inner_dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(config.inner_dim, config.ffn_dim, build)
-        self.scale_shift_table = build.table(6, config.inner_dim)
+        self.scale_shift_table = build.modulation_table(6, config.inner_dim)
 
     def forward(
         self,
@@ -272,9 +265,9 @@ class OutputNorm(nn.Module):
     def __init__(self, config: TransformerConfig, build: Builder):
         super().__init__()
         self.eps = config.eps
-        self.scale_shift_table = build.table(2, config.inner_dim)
+        self.scale_shift_table = build.modulation_table(2, config.inner_dim)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (B, N, D), embedding (B, 1, D) -> (B, N, D)"""
-        shift, scale = self.scale_shift_table(embedding).split(1, dim=1)
+        shift, scale = (self.scale_shift_table(x.device) + embedding.float()).split(1, dim=1)
         return F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).mul_(1 + scale).add_(shift).to(x.dtype)

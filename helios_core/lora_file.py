@@ -27,6 +27,8 @@ TRAINED = "transformer."  # in front of the keys there
 PARTS = tuple(
     (re.compile(pattern), part)
     for pattern, part in (
+        # What no host applies to the same effect: with it the module fits no weight and is left out.
+        (r"\.(lora_magnitude_vector|lora_mid|lora_[AB](?:\.\w+)?\.bias)\b.*$", "inapplicable"),
         (r"\.lora_(?:A|down)(?:\.(?!weight)\w+)?(?:\.weight)?$", "lora_down.weight"),
         (r"\.lora_(?:B|up)(?:\.(?!weight)\w+)?(?:\.weight)?$", "lora_up.weight"),
         (r"[._]lora(?:_linear_layer)?\.down\.weight$", "lora_down.weight"),
@@ -199,7 +201,10 @@ def _for_module(module: str, pattern: Any, default: Any) -> Any:
 def _left_out(unknown: list[str], misfits: list[str], total: int) -> str | None:
     reasons = (
         ([key for key in unknown if READS_IMAGE.search(key)], "read an image, as in Wan's image-to-video models"),
-        (misfits, "have another shape than the model, or lack a part"),
+        (
+            misfits,
+            "have another shape than the model, lack a part, or go with one that no host applies",
+        ),
         ([key for key in unknown if not READS_IMAGE.search(key)], "are not known by their names"),
     )
     told = [f"{len(keys)} {reason}, such as {printable(keys[0])}" for keys, reason in reasons if keys]
@@ -208,7 +213,9 @@ def _left_out(unknown: list[str], misfits: list[str], total: int) -> str | None:
 
 def _no_fit(path: Path, stored: Mapping[str, StoredTensor], misfits: list[StoredTensor]) -> str:
     if any(key.endswith("patch_short.weight") for key in stored):
-        return f"{path} is a whole Helios model, no LoRA. Load it with Helios Model Loader."
+        if any(key.endswith("proj_out.weight") for key in stored):
+            return f"{path} is a whole Helios model, no LoRA. Load it with Helios Model Loader."
+        return f"{path} has whole weights of a training, no LoRA. scripts/convert_lora.py makes one of it and its LoRA."
     begins = f"It begins with {some(list(stored)[:1])}."
     if not any(split_key(key)[1] for key in stored):
         return f"{path} is no LoRA: none of its {len(stored)} tensors has the name of a LoRA's. {begins}"

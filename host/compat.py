@@ -65,8 +65,8 @@ def offer_lora_names() -> None:
     """Let the host's LoRA loaders know the names that a model has for its weights in LoRA files.
 
     A model class can offer none: the host's map of them is hard-coded (0.3.75 to 0.33). A model of ours has
-    `lora_names`; the maps of all others stay as they are. The only thing of the host that we replace, and once only,
-    even where the pack is there twice.
+    `helios_lora_names`; the maps of all others stay as they are. The only thing of the host that we replace, and once
+    only, even where the pack is there twice.
     """
     original = comfy.lora.model_lora_keys_unet
     if hasattr(original, NAMES_OFFERED):
@@ -76,7 +76,7 @@ def offer_lora_names() -> None:
     def model_lora_keys_unet(model: Any, key_map: dict | None = None, *args: Any, **kwargs: Any) -> dict:
         # The host's own default is a dict that all calls without one share.
         key_map = original(model, {} if key_map is None else key_map, *args, **kwargs)
-        for name, key in getattr(model, "lora_names", dict)().items():
+        for name, key in getattr(model, "helios_lora_names", dict)().items():
             key_map.setdefault(name, key)
         return key_map
 

@@ -38,7 +38,7 @@ def _expected(widget: Any, value: Any) -> str | None:
         fits = isinstance(value, Integral) and not isinstance(value, bool) and widget.min <= value <= widget.max
         return None if fits else f"a whole number from {widget.min} to {widget.max}"
     if isinstance(widget, io.Float.Input):
-        fits = isinstance(value, Real) and widget.min <= value <= widget.max
+        fits = isinstance(value, Real) and widget.min <= value <= widget.max  # NaN is in no range
         return None if fits else f"a number from {widget.min:g} to {widget.max:g}"
     if isinstance(widget, io.Boolean.Input):
         return None if isinstance(value, Integral) else "true or false"

@@ -97,7 +97,7 @@ class HeliosModel(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         return {**super().extra_conds(**kwargs), **self._history}
 
-    def lora_names(self) -> dict[str, str]:
+    def helios_lora_names(self) -> dict[str, str]:
         """Modules as LoRA files spell them, and the weight of each in this model: what `offer_lora_names` asks for."""
         names = lora_names(self.diffusion_model.state_dict())
         return {spelled: f"diffusion_model.{weight}" for spelled, weight in names.items()}

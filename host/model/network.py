@@ -11,6 +11,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
@@ -19,18 +20,30 @@ from torch import Tensor
 
 from ...helios_core.config import TransformerConfig
 from ...helios_core.history import History, HistoryLayout
-from ...helios_core.layers import Block, Modulation
+from ...helios_core.layers import Block, Modulation, Table
 from ...helios_core.prepared import PreparedText
 from ...helios_core.transformer import BlockText, HeliosTransformer
 from .foreign_patches import check_foreign
 from .run_cache import CACHE_KEY, RunCache
 
 
+class CastTable(Table, comfy.ops.CastWeightBiasOp):
+    """One that the host may leave where it is and patch as it is used, like its own layers: a module without this is
+    left unpatched where a model does not fit whole."""
+
+    bias = None
+
+    def forward(self, device: torch.device) -> Tensor:
+        weight: Tensor = comfy.ops.cast_bias_weight(self, dtype=torch.float32, device=device)[0]
+        return weight
+
+
 class HeliosNetwork(HeliosTransformer):
     """The core's transformer with the host's calling convention, attention backends, wrappers and block patches."""
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, device: Any = None, operations: Any = None, **_):
-        super().__init__(config, dtype=dtype, device=device, operations=operations)
+        with_table = type("Operations", (operations,), {"Table": CastTable})
+        super().__init__(config, dtype=dtype, device=device, operations=with_table)
         self.in_channels = config.in_channels  # other nodes look it up here
 
     def forward(  # type: ignore[override]  # the host calls it by these names

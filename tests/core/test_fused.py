@@ -29,7 +29,7 @@ def test_a_processor_has_none():
 def test_without_triton_there_are_none(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton.runtime.errors", None)
-    elementwise._kernels_run.cache_clear()
+    elementwise._fused.cache_clear()
     with torch.inference_mode():
         assert elementwise.fused_where_possible(torch.zeros(1, 2, 4)) is elementwise
-    elementwise._kernels_run.cache_clear()
+    elementwise._fused.cache_clear()

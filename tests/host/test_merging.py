@@ -66,6 +66,16 @@ def test_two_models_are_merged_in_every_tensor(folders, tmp_path, how):
     assert difference(sample(merged, QUICK)["samples"], expected) < 1e-5
 
 
+def test_tables_are_patched_where_the_model_does_not_fit_whole(folders):
+    first, second = (load_model(folder, "fp32") for folder in folders)
+    [merged] = ModelMergeSimple().merge(first, second, 0.25)
+    merged.load(torch.device("cpu"), lowvram_model_memory=1)
+    for get in (lambda net: net.blocks[1].scale_shift_table, lambda net: net.blocks[0].attn1.history_key_scale):
+        a, b = (get(model.model.diffusion_model).weight for model in (first, second))
+        assert difference(get(merged.model.diffusion_model)(torch.device("cpu")), 0.25 * a + 0.75 * b) < 1e-6
+    merged.detach()
+
+
 @pytest.mark.parametrize("how", OFFLOADING, ids=str)
 def test_the_tables_of_blocks_are_merged_with_their_block(folders, tmp_path, how):
     first, second = (load_model(folder, "fp32", how) for folder in folders)
