@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,12 @@ RESULT = ROOT / "build" / "meaning.jsonl"
 TABLE = ROOT / "build" / "meaning.md"
 STEPS = {"base": (50,), "mid": (20, 20, 20), "distilled": (2, 2, 2)}
 PROMPTS = 32  # of each kind
+COLUMNS = ("colour", "shape", "motion", "together")
+
+Line = dict[str, Any]
 
 
-def show(variant: str, held_out: bool, number: int) -> dict[str, Any]:
+def show(variant: str, held_out: bool, number: int) -> Line:
     """What one video shows and ought to, as a line of the result."""
     from detect import find, truth
 
@@ -45,45 +47,44 @@ def show(variant: str, held_out: bool, number: int) -> dict[str, Any]:
     }
 
 
-def is_at(line: dict[str, Any], variant: str, held_out: bool, number: int) -> bool:
+def is_at(line: Line, variant: str, held_out: bool, number: int) -> bool:
     return (line["variant"], line["held_out"], line["number"]) == (variant, held_out, number)
 
 
-def row(name: str, lines: list[dict[str, Any]], shuffled: bool = False) -> str:
-    """Shares of right findings; shuffled, each is compared with what another of the prompts says."""
+def row(name: str, lines: list[Line], others: bool = False) -> str:
+    """Shares of right findings; with `others`, of what each of the other prompts asks for."""
     from detect import Finding, count_right
 
-    wanted = [Finding(**line["wanted"]) for line in lines]
-    pairs = [
-        (Finding(**line["found"]), truth) for line, truth in zip(lines, np.roll(wanted, 7 * shuffled), strict=True)
-    ]
+    found, wanted = ([Finding(**line[key]) for line in lines] for key in ("found", "wanted"))
+    count = len(lines)
+    shifts = range(1, count) if others else [0]
+    pairs = [(found[i], wanted[(i + shift) % count]) for shift in shifts for i in range(count)]
     shares = count_right(pairs)
-    cells = [f"{shares[column]:.0%}".replace("%", " %") for column in (*(f.name for f in fields(Finding)), "together")]
-    return f"| {name} | {len(lines)} | {' | '.join(cells)} |"
+    return f"| {name} | {count} | {' | '.join(f'{100 * shares[column]:.0f} %' for column in COLUMNS)} |"
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    said = [
-        "| | prompts | colour | shape | size | background | motion | together |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(lines: list[Line]) -> str:
+    said = [f"| | prompts | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for variant in STEPS:
         own = [line for line in lines if line["variant"] == variant]
         for held_out, name in ((False, "seen"), (True, "held out")):
             if kind := [line for line in own if line["held_out"] == held_out]:
                 said.append(row(f"{variant.title()}, {name}", kind))
-        if own:
-            said.append(row(f"{variant.title()}, another's prompt", own, shuffled=True))
+        if len(own) > 1:
+            said.append(row(f"{variant.title()}, other prompts", own, others=True))
     wrong: dict[tuple[str, str], int] = {}
     for line in lines:
-        for part in ("colour", "shape", "motion"):
+        for part in COLUMNS[:-1]:
             if line["found"][part] != line["wanted"][part]:
                 thing = f"{line['wanted']['motion']} of a {line['wanted']['shape']}" if part == "motion" else part
                 wrong[line["variant"], thing] = wrong.get((line["variant"], thing), 0) + 1
     faults = [f"{variant.title()}: {thing} ({count})" for (variant, thing), count in sorted(wrong.items())]
-    seams = [
-        f"{v.title()} {_mean(x for line in lines if line['variant'] == v for x in line['seams']):.2f}" for v in STEPS
-    ]
+    seams = {
+        variant: ratios
+        for variant in STEPS
+        if (ratios := [ratio for line in lines if line["variant"] == variant for ratio in line["seams"]])
+    }
+    jumps = [f"{variant.title()} {np.mean(ratios):.1f} ({len(ratios)})" for variant, ratios in seams.items()]
     where = machine()
     return "\n".join(
         [
@@ -91,15 +92,11 @@ def table(lines: list[dict[str, Any]]) -> str:
             "",
             f"Wrong: {', '.join(faults) or 'nothing'}.",
             "",
-            f"Frames differ at seams, as a multiple of what they do within chunks: {', '.join(seams)}.",
+            f"Frames differ at seams, as a multiple of what they do within chunks: {', '.join(jumps)}.",
             "",
             f"{where['processor']}, {where['threads']} thread, PyTorch {where['torch']}, float32.",
         ]
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values) or [np.nan]))
 
 
 def main() -> None:
