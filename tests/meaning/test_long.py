@@ -4,9 +4,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from detect import find
+from world import FRAMES_PER_CHUNK, Act, Clip, render
 
-from harness.meaning import QUICK, ask, decode, load, sample, seam_ratios
+from harness.meaning import QUICK, SIZE, ask, decode, load, sample, seam_ratios
 
 CAPTION = "A big blue ball swings from side to side on a black background."  # such balls are held out
 CHUNKS = 12
@@ -15,6 +17,7 @@ DRIFT = {"colour": 0.003, "contrast": 0.02, "sharpness": 0.01}  # in shares of t
 # sampler (training/sample.py) as in ours.
 SEAM_GOAL = 1.5
 SEAM_ASSERTED = 6.0
+PSNR = 24  # of the worst frame
 
 
 @cache
@@ -48,3 +51,14 @@ def test_it_shows_the_same_to_the_end():
 
 def test_frames_differ_at_seams_as_little_as_they_do_today():
     assert np.mean([seam_ratios(frames) for frames in video()]) <= SEAM_ASSERTED
+
+
+@torch.inference_mode()
+def test_two_chunks_of_a_drawn_video_come_back_frame_by_frame():
+    """Each chunk is encoded as the model's training has it: alone."""
+    tiny = load("distilled")
+    clip = Clip("ball", "big", "black", (Act("blue", "swing", CAPTION),) * 2, 0.2, (0.5, 0.5))
+    frames = render(clip, size=SIZE).permute(0, 2, 3, 1)
+    latents = torch.cat([tiny.vae.encode(chunk) for chunk in frames.split(FRAMES_PER_CHUNK)], dim=2)
+    errors = np.square(decode(tiny, {"samples": latents}) - frames.numpy()).mean((1, 2, 3))
+    assert -10 * np.log10(errors.max()) >= PSNR

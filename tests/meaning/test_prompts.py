@@ -12,8 +12,13 @@ from harness.meaning import MEASURING, QUICK, ask, decode, load, needed_chunks, 
 
 GOALS = {"colour": 0.9, "shape": 0.8, "motion": 0.9}
 # What holds today, with a prompt or two to spare for another processor's rounding. Two of the eight prompts are of a
-# ball that circles, and which way it does is a toss of a coin (training/README.md).
-ASSERTED = {"colour": 0.85, "shape": 0.75, "motion": 0.6}
+# ball that circles, and which way it does is a toss of a coin (docs/meaning.md). Mid takes a third of its steps here,
+# and loses a ball or its hue.
+ASSERTED = {
+    "base": {"colour": 0.85, "shape": 0.75, "motion": 0.6},
+    "mid": {"colour": 0.6, "shape": 0.75, "motion": 0.6},
+    "distilled": {"colour": 0.85, "shape": 0.75, "motion": 0.6},
+}
 PROMPTS = 8
 
 
@@ -51,7 +56,8 @@ def shares(found, truths):
 @pytest.mark.parametrize("part", GOALS)
 @pytest.mark.parametrize("variant", QUICK)
 def test_a_video_shows_what_its_prompt_says(variant, part):
-    assert shares(found_by(variant), wanted())[part] >= ASSERTED[part] <= GOALS[part], found_by(variant)
+    assert ASSERTED[variant][part] <= GOALS[part]
+    assert shares(found_by(variant), wanted())[part] >= ASSERTED[variant][part], found_by(variant)
 
 
 @pytest.mark.parametrize("variant", QUICK)
