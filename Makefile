@@ -24,7 +24,7 @@ ENVIRONMENT := $(call escaped,$(VENV))/.installed
 PY := "$(VENV)/bin/python"
 BIN := "$(VENV)/bin"
 
-.PHONY: bench bench-gpu meaning sabotage help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
+.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -93,6 +93,7 @@ fuzz: $(ENVIRONMENT) $(HOST)
 	    tests/faults -k every_fault
 
 # MEANING=--table: of the videos that are there.
+.PHONY: meaning sabotage
 meaning: $(ENVIRONMENT) $(HOST)
 	@OMP_NUM_THREADS=1 $(PY) benchmarks/meaning.py $(MEANING)
 
@@ -124,8 +125,8 @@ bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py
 
 # Scripts and benchmarks are programs that import what lies beside them, scripts/harness/ and the core.
-TYPES := MYPYPATH=.:..:../scripts:../tests:../training:../build/typing $(abspath $(VENV)/bin/mypy) --explicit-package-bases --follow-imports silent \
-    --config-file ../pyproject.toml --cache-dir ../build/mypy-scripts
+TYPES := MYPYPATH=.:..:../scripts:../tests:../training:../build/typing $(abspath $(VENV)/bin/mypy) \
+    --explicit-package-bases --follow-imports silent --config-file ../pyproject.toml --cache-dir ../build/mypy-scripts
 
 # nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
 lint: $(ENVIRONMENT)

@@ -1,7 +1,8 @@
 """How often Helios-Tiny's videos show what their prompts say: `make meaning`.
 
 Each video is made by the pack's nodes, with the steps of the workflows, and read by training/detect.py. One line of
-build/meaning.jsonl a video: a further run goes on with what is not there. The table goes to build/meaning.md.
+build/meaning.jsonl a video: a further run goes on with what is not there, so remove it
+after a change of weights or code. The table goes to build/meaning.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paths as paths
+import paths  # noqa: F401
 from measure import ROOT, machine
 
 RESULT = ROOT / "build" / "meaning.jsonl"

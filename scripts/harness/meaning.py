@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from world import FRAMES_PER_CHUNK, SCENES, Clip, sample_clip
 
+from comfyui_helios.helios_core.config import CHUNK_LATENTS
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.load import HeliosDiffusersLoader
@@ -24,7 +25,7 @@ MEASURING = 800_000_000  # seeds of clips from here on are for measuring: traini
 
 @dataclass(frozen=True)
 class Tiny:
-    """A variant of Helios-Tiny as Helios Diffusers Loader gives it, in float32: the same on every processor."""
+    """A variant of Helios-Tiny as Helios Diffusers Loader gives it, in float32."""
 
     model: Any
     clip: Any
@@ -67,7 +68,7 @@ def decode(tiny: Tiny, latent: dict[str, Any], chunks: Sequence[int] | None = No
     """Frames (T, H, W, 3) in 0..1 of a LATENT, or of some chunks of it in a row."""
     samples = latent["samples"]
     if chunks is not None:
-        samples = samples.unflatten(2, (-1, 9))[:, :, list(chunks)].flatten(2, 3)
+        samples = samples.unflatten(2, (-1, CHUNK_LATENTS))[:, :, list(chunks)].flatten(2, 3)
     images, _ = run_node(HeliosChunkedVAEDecode, {"samples": samples}, tiny.vae, trim=False)
     return np.asarray(images)
 
