@@ -37,6 +37,9 @@ help:
 	@echo "                                                           VENV name its requirements and environment"
 	@echo "make bench-memory host memory of offloading, ours beside diffusers'"
 	@echo "make soak         a server killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
+	@echo "make meaning      how often Helios-Tiny's videos show what they were asked for: 64 prompts a variant, hours of a"
+	@echo "                  core; a further run goes on, and build/meaning.md has the table"
+	@echo "make sabotage     which tests of tests/meaning notice what is broken, one thing at a time"
 	@echo "make fuzz         spoilt files, widgets, sockets and saved chunks for FUZZ_SECONDS (600), by FUZZ_SEED"
 	@echo "make bench        speed against diffusers on this CPU; rows go to build/bench.json"
 	@echo "make gpu          all that needs a CUDA card: tests, the 14B model's shape, decoding, offloading, each with a"
@@ -89,6 +92,14 @@ fuzz: $(ENVIRONMENT) $(HOST)
 	FUZZ_SECONDS="$(FUZZ_SECONDS)" FUZZ_SEED="$(FUZZ_SEED)" "$(BIN)/pytest" -c tests/pytest.ini --rootdir tests -s \
 	    tests/faults -k every_fault
 
+# MEANING=--table: of the videos that are there.
+.PHONY: meaning sabotage
+meaning: $(ENVIRONMENT) $(HOST)
+	@OMP_NUM_THREADS=1 $(PY) benchmarks/meaning.py $(MEANING)
+
+sabotage: $(ENVIRONMENT) $(HOST)
+	@$(PY) scripts/sabotage.py
+
 bench: $(ENVIRONMENT) $(HOST)
 	@$(PY) benchmarks/speed.py
 
@@ -114,8 +125,8 @@ bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py
 
 # Scripts and benchmarks are programs that import what lies beside them, scripts/harness/ and the core.
-TYPES := MYPYPATH=.:..:../scripts:../build/typing $(abspath $(VENV)/bin/mypy) --explicit-package-bases --follow-imports silent \
-    --config-file ../pyproject.toml --cache-dir ../build/mypy-scripts
+TYPES := MYPYPATH=.:..:../scripts:../tests:../training:../build/typing $(abspath $(VENV)/bin/mypy) \
+    --explicit-package-bases --follow-imports silent --config-file ../pyproject.toml --cache-dir ../build/mypy-scripts
 
 # nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
 lint: $(ENVIRONMENT)
