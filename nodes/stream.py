@@ -13,7 +13,7 @@ from ..host.model.offload_patcher import GROUP_OFFLOAD, offloaded_vae, offloadin
 from ..host.sampling.inputs import latent_warning, prepare, sampled, variant_warning
 from ..host.sockets.decoding import shown_frames, trim_warning
 from ..host.sockets.vae import check_vae
-from ..host.stream.live_sessions import on_air
+from ..host.stream.live_sessions import Watched, on_air, workflow_id
 from ..host.stream.mp4 import BIT_DEPTHS, check_target, finished_video
 from ..host.stream.one_pass import OnePass
 from ..host.stream.resuming import pick_up
@@ -106,7 +106,7 @@ class HeliosStreamVideo(io.ComfyNode):
                     tooltip="The last chunk, to go on from: connect it to `previous` of Helios History Injection.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -143,7 +143,8 @@ class HeliosStreamVideo(io.ComfyNode):
         picked_up = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
             writer = VideoWriter(decoder, guider.run.chunk_shape[0], shown, fps, crf, bit_depth, live)
-            with on_air(writer.files[0], cls.hidden.unique_id, shown[1] - shown[0]) if live else nullcontext():
+            watched = Watched(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), shown[1] - shown[0])
+            with on_air(writer.live, watched) if writer.live else nullcontext():
                 files, tail = OnePass(guider, writer, overlap_decode == "auto", saved).run()
         return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))
 

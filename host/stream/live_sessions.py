@@ -16,13 +16,21 @@ State = Literal["running", "finished", "stopped"]
 KEPT = 8  # sessions that have ended, for pages that still show them
 
 
+@dataclass(frozen=True)
+class Watched:
+    """By what a page knows its video, and how many frames it will have."""
+
+    node_id: str  # with those of the subgraphs around it: "5:12"
+    workflow: str | None  # node ids are a workflow's own; None for a graph that no page has queued
+    frames: int
+
+
 @dataclass
 class LiveSession:
     """One run of a node with `live`. Only `state` changes."""
 
     file: LiveFile
-    node_id: str
-    frames: int  # of the whole video
+    watched: Watched
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     state: State = "running"
 
@@ -30,9 +38,10 @@ class LiveSession:
         """What the page shows. rate: frames a second since the first chunk, None until there are two."""
         return {
             "id": self.id,
-            "node": self.node_id,
+            "node": self.watched.node_id,
+            "workflow": self.watched.workflow,
             "state": self.state,
-            "frames": self.frames,
+            "frames": self.watched.frames,
             "written": self.file.frames,
             "fps": float(self.file.rate),
             "rate": self.file.rate_of_frames,
@@ -54,10 +63,17 @@ def find_session(session_id: str) -> LiveSession | None:
         return _sessions.get(session_id)
 
 
+def workflow_id(extra_pnginfo: dict[str, Any] | None) -> str | None:
+    """The id of the workflow that a page has queued, from what it sends along."""
+    workflow = (extra_pnginfo or {}).get("workflow")
+    found = workflow.get("id") if isinstance(workflow, dict) else None
+    return found if isinstance(found, str) else None
+
+
 @contextmanager
-def on_air(file: LiveFile, node_id: str, frames: int) -> Iterator[LiveSession]:
-    """Let pages find the file until it has ended, and a while longer. frames: how many it will have."""
-    session = LiveSession(file, node_id, frames)
+def on_air(file: LiveFile, watched: Watched) -> Iterator[LiveSession]:
+    """Let pages find the file until it has ended, and a while longer."""
+    session = LiveSession(file, watched)
     with _lock:
         _sessions[session.id] = session
     try:

@@ -27,10 +27,14 @@ class VideoWriter:
     def __init__(
         self, vae: Any, batch: int, shown: tuple[int, int], fps: float, crf: int, bit_depth: str, live: bool = False
     ):
-        """shown: the first frame of the video to write, and the one before which to stop. live: item 1 is a LiveFile"""
+        """shown: the first frame of the video to write, and the one before which to stop.
+
+        live: item 1 can be watched while it is made.
+        """
         self.vae, self.shown = vae, shown
-        kinds = [LiveFile if live and item == 0 else VideoFile for item in range(batch)]
-        self.files = [kind(video_folder(), fps, crf, bit_depth) for kind in kinds]
+        target = (video_folder(), fps, crf, bit_depth)
+        self.live = LiveFile(*target) if live else None
+        self.files = [self.live if self.live and item == 0 else VideoFile(*target) for item in range(batch)]
         self._stopped = False
 
     def write(self, position: int, samples: Tensor, vae: Any = None) -> None:
