@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
+import { feed } from "./helios_feed.js"
 
 const NODE = "HeliosStreamVideo"
 const POLL = 1000 // milliseconds
@@ -39,12 +40,15 @@ function* streamNodes(graph, path = "") {
     }
 }
 
+let plainOnly = false // MediaSource was tried, and the video refused it
+
 const rootGraph = () => app.rootGraph ?? app.graph
 
 /** A video with a line below it, as a widget of the node. */
 class Player {
     constructor(node) {
         this.session = null
+        this.feeding = null // what ends the request of MediaSource
         this.video = document.createElement("video")
         Object.assign(this.video, { muted: true, controls: true, playsInline: true })
         this.video.setAttribute("aria-label", words().video)
@@ -86,21 +90,47 @@ class Player {
         if (other) {
             const late = session.written > LATE * session.chunk_frames
             if (session.state === "finished") this.playFinished()
-            else if (session.state === "running") this.play(`?from=${late ? "key" : "start"}`)
-        } else if (session.state === "running" && this.video.error) this.play("?from=key")
+            else if (session.state === "running") this.watch(late ? "key" : "start")
+        } else if (session.state === "running" && this.video.error) this.watch("key")
         else if (this.video.ended || this.video.error) this.playFinished()
         this.tell()
     }
 
-    play(query) {
-        this.finished = query === ""
-        this.video.src = api.apiURL(`/helios/live/${this.session.id}.mp4${query}`)
-        if (!this.finished) this.video.play().catch(() => {}) // a browser may want a click first
+    /** Play the file as it grows: through MediaSource, or, where a content policy forbids that, as a plain source. */
+    watch(from) {
+        const url = this.address(`?from=${from}`)
+        this.stopFeeding()
+        const { signal } = (this.feeding = new AbortController())
+        const plainly = () => {
+            if (signal.aborted) return
+            plainOnly ||= this.video.error !== null
+            this.video.src = url
+            this.begin()
+        }
+        if (plainOnly) plainly()
+        else feed(this.video, url, signal).catch(plainly)
+        this.begin()
+    }
+
+    begin() {
+        this.video.play().catch(() => {}) // a browser may want a click first
     }
 
     /** The plain file, in which one can seek, once the growing one has ended or cannot be played. */
     playFinished() {
-        if (this.session.state === "finished" && !this.finished) this.play("")
+        const url = this.address("")
+        if (this.session.state !== "finished" || this.video.src.endsWith(url)) return
+        this.stopFeeding()
+        this.video.src = url
+    }
+
+    address(query) {
+        return api.apiURL(`/helios/live/${this.session.id}.mp4${query}`)
+    }
+
+    stopFeeding() {
+        this.feeding?.abort()
+        this.feeding = null
     }
 
     tell() {
@@ -116,6 +146,7 @@ class Player {
     }
 
     close() {
+        this.stopFeeding()
         this.video.removeAttribute("src")
         this.video.load() // ends its request
     }
