@@ -52,6 +52,9 @@ WATCH = """() => {
 FINISHED = """seconds => { const video = document.querySelector('.helios-live video')
     return !video.currentSrc.includes('from=') && !video.currentSrc.startsWith('blob:')
         && Math.abs(video.duration - seconds) < 0.1 }"""
+ENTER_SUBGRAPH = """() => { const node = app.graph.nodes.find(node => node.type === 'HeliosStreamVideo')
+    const made = app.graph.convertToSubgraph(new Set([node]))
+    app.canvas.openSubgraph(made.subgraph, made.node) }"""
 VIDEO = """() => { const video = document.querySelector('.helios-live video')
     return JSON.stringify(video && {clock: video.currentTime, duration: video.duration, source: video.currentSrc,
         error: video.error?.message ?? null, words: document.querySelector('.helios-live [role=status]').textContent,
@@ -106,3 +109,22 @@ def test_it_goes_on_after_a_reload_and_in_a_second_tab(page, browser, server):
         "document.querySelector('.helios-live [role=status]').textContent === 'Finished'", timeout=180_000
     )
     assert page.errors == []
+
+
+def test_it_plays_in_a_subgraph_too_and_speaks_chinese(browser, server):
+    with open_page(browser, server.url) as page:
+        page.page.evaluate("async () => { await app.extensionManager.setting.set('Comfy.Locale', 'zh') }")
+        try:
+            page.open()  # with another language the page makes its graph anew
+            page.load(read_workflow("helios_stream"))
+            page.page.evaluate(SET_WIDGETS, {**VALUES, "seed": 44, "frames": 66})
+            page.page.evaluate(ENTER_SUBGRAPH)
+            page.page.evaluate(WATCH)
+            page.page.wait_for_function("window.seen.length > 10", timeout=120_000)
+            page.page.screenshot(path=PICTURES / "live_subgraph.png")
+            page.page.wait_for_function(
+                "document.querySelector('.helios-live [role=status]').textContent === '已完成'", timeout=60_000
+            )
+        finally:
+            page.page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
+        assert page.errors == []
