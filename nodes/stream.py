@@ -143,7 +143,7 @@ class HeliosStreamVideo(io.ComfyNode):
         picked_up = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
             writer = VideoWriter(decoder, guider.run.chunk_shape[0], shown, fps, crf, bit_depth, live)
-            watched = Watched(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), shown[1] - shown[0])
+            watched = Watched(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), frames=shown[1] - shown[0])
             with on_air(writer.live, watched) if writer.live else nullcontext():
                 files, tail = OnePass(guider, writer, overlap_decode == "auto", saved).run()
         return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))

@@ -1,10 +1,12 @@
 """A video is sent while it is made, to whoever may see it, and to nobody else."""
 
+import socket
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from urllib.parse import urlsplit
 
 import av
 import pytest
@@ -89,14 +91,34 @@ def test_who_comes_later_may_begin_with_the_newest_chunk(server, api, thread):
 
 
 def test_a_run_that_was_cancelled_is_not_sent_any_more(server, api, thread):
+    graph = api(3)
+    node = find(graph, "HeliosStreamVideo")
+
     def press(event):
-        if event.kind == "progress" and event.data["value"] > 20:
+        if event.kind == "progress" and event.data["node"] == node and event.data["value"] > 20:
             server.interrupt()
 
     with pytest.raises(ExecutionInterrupted):
-        run_workflow(server.url, api(3), on_event=press)
+        run_workflow(server.url, graph, on_event=press)
     session = newest(server, "stopped")
     assert answer(server, f"{LIST}/{session['id']}.mp4")[0] == 404
+
+
+def test_who_reads_nothing_or_goes_away_costs_the_run_nothing(server, api, thread):
+    run = thread.submit(run_workflow, server.url, api(5, crf=0))
+    path = f"{LIST}/{newest(server)['id']}.mp4"
+    address = urlsplit(server.url)
+    with socket.socket() as silent, socket.socket() as leaving:
+        for client in (silent, leaving):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((address.hostname, address.port))
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: {address.netloc}\r\n\r\n".encode())
+        assert leaving.recv(20).startswith(b"HTTP/1.1 200")
+        leaving.close()
+        [file] = [server.output / file["subfolder"] / file["filename"] for file in run.result().files()]
+        assert len(times(file.read_bytes())) == 33 * CHUNKS
+        assert silent.recv(20).startswith(b"HTTP/1.1 200")
+    assert answer(server, path)[0] == 200
 
 
 @pytest.fixture(scope="module")
