@@ -6,6 +6,7 @@ import { feed } from "./helios_feed.js"
 
 const NODE = "HeliosStreamVideo"
 const POLL = 1000 // milliseconds
+const HEIGHT = 240 // pixels
 const LATE = 2 // chunks; who comes later begins with the newest one
 
 const ENGLISH = {
@@ -36,7 +37,7 @@ function words() {
 function* streamNodes(graph, path = "") {
     for (const node of graph?.nodes ?? []) {
         if (node.subgraph) yield* streamNodes(node.subgraph, `${path}${node.id}:`)
-        else if (node.type === NODE) yield [node, `${path}${node.id}`]
+        else if (players.has(node)) yield [node, `${path}${node.id}`]
     }
 }
 
@@ -44,9 +45,13 @@ let plainOnly = false // MediaSource was tried, and the video refused it
 
 const rootGraph = () => app.rootGraph ?? app.graph
 
-/** A video with a line below it, as a widget of the node. */
+/**
+ * A video with a line below it, as a widget of the node, which takes no place until there is something to play.
+ * It is there from the beginning, since Nodes 2.0 does not show a widget that is added later (frontend 1.32).
+ */
 class Player {
     constructor(node) {
+        this.node = node
         this.session = null
         this.feeding = null // what ends the request of MediaSource
         this.video = document.createElement("video")
@@ -63,18 +68,17 @@ class Player {
         line.append(this.state, this.numbers)
         this.element = document.createElement("div")
         this.element.className = "helios-live"
-        this.element.style.cssText = "display: flex; flex-direction: column; width: 100%; height: 100%"
+        this.element.style.cssText = "display: none; flex-direction: column; width: 100%; height: 100%"
         this.element.append(this.video, line)
         // Space and arrows are the video's while it has the focus, not the graph's.
         this.element.addEventListener("keydown", event => event.stopPropagation())
-        const widget = node.addDOMWidget("live_video", "helios_live", this.element, {
+        this.widget = node.addDOMWidget("live_video", "helios_live", this.element, {
             serialize: false,
             hideOnZoom: false,
-            getMinHeight: () => 240,
+            getMinHeight: () => HEIGHT,
         })
-        widget.serialize = false
-        const [width, height] = node.computeSize()
-        node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
+        this.widget.serialize = false
+        this.widget.hidden = true
         const removed = node.onRemoved
         node.onRemoved = function (...args) {
             player.close()
@@ -86,6 +90,7 @@ class Player {
     /** Play this session, or say what has become of it. */
     show(session) {
         const other = session.id !== this.session?.id
+        if (!this.session) this.appear()
         this.session = session
         if (other) {
             const late = session.written > LATE * session.chunk_frames
@@ -94,6 +99,14 @@ class Player {
         } else if (session.state === "running" && this.video.error) this.watch("key")
         else if (this.video.ended || this.video.error) this.playFinished()
         this.tell()
+    }
+
+    appear() {
+        this.widget.hidden = false
+        this.element.style.display = "flex"
+        this.element.style.minHeight = `${HEIGHT}px`
+        const [width, height] = this.node.computeSize()
+        this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)])
     }
 
     /** Play the file as it grows: through MediaSource, or, where a content policy forbids that, as a plain source. */
@@ -163,12 +176,9 @@ async function refresh() {
     const { sessions } = await response.json()
     for (const [node, id] of nodes) {
         const ours = sessions.filter(s => s.node === id && (!s.workflow || s.workflow === rootGraph().id))
-        const session = ours.at(-1)
-        const player = players.get(node)
-        if (session && (player || session.state !== "stopped")) {
-            if (!player) players.set(node, new Player(node))
-            players.get(node).show(session)
-        }
+        const [session, player] = [ours.at(-1), players.get(node)]
+        if (!session && player.session) player.show({ ...player.session, state: "stopped" }) // the server began anew
+        else if (session && (player.session || session.state !== "stopped")) player.show(session)
     }
 }
 
@@ -177,6 +187,9 @@ const anyRunning = () =>
 
 app.registerExtension({
     name: "Helios.Live",
+    nodeCreated(node) {
+        if (node.comfyClass === NODE) players.set(node, new Player(node))
+    },
     setup() {
         api.addEventListener("status", ({ detail }) => {
             waiting = detail?.exec_info?.queue_remaining ?? 0

@@ -9,7 +9,7 @@ from harness.small import ROOT, read_workflow
 
 pytestmark = pytest.mark.browser
 PICTURES = ROOT / "build/pictures"
-CHUNKS = 8
+CHUNKS = 6
 VALUES = {
     "folder": "Helios-Tiny-Distilled",
     "positive": "A small red ball circles counterclockwise on a black background.",
@@ -40,8 +40,7 @@ WATCH = """() => {
             for (let i = 0; i < 1024; i++) if (data[4 * i] > 120 && data[4 * i + 1] < 100) red.push([i % 32, i >> 5])
             const middle = axis => red.reduce((sum, point) => sum + point[axis], 0) / red.length
             const {buffered} = video
-            window.seen.push({ranges: buffered.length, begin: buffered.length ? buffered.start(0) : 0,
-                              clock: video.currentTime, running: window.ended === null, red: red.length,
+            window.seen.push({ranges: buffered.length, clock: video.currentTime, running: window.ended === null, red: red.length,
                               x: red.length ? middle(0) : null, y: red.length ? middle(1) : null})
         }
         setTimeout(look, 50)
@@ -88,8 +87,6 @@ def test_the_ball_moves_before_the_run_has_ended_and_the_file_is_there_after_it(
         assert max(places) - min(places) > 6  # of 32
         assert max(look["ranges"] for look in during) == 1  # no hole in what is buffered
         page.page.wait_for_function(FINISHED, arg=33 * CHUNKS / 24, timeout=60_000)
-        kept = [look["begin"] for look in json.loads(page.page.evaluate("JSON.stringify(window.seen)"))]
-        assert policy or max(kept) > 1  # of what was fed, the page forgets what was played
         assert page.errors == []
 
 
