@@ -40,8 +40,8 @@ WATCH = """() => {
             for (let i = 0; i < 1024; i++) if (data[4 * i] > 120 && data[4 * i + 1] < 100) red.push([i % 32, i >> 5])
             const middle = axis => red.reduce((sum, point) => sum + point[axis], 0) / red.length
             const {buffered} = video
-            window.seen.push({ranges: buffered.length, clock: video.currentTime, running: window.ended === null, red: red.length,
-                              x: red.length ? middle(0) : null, y: red.length ? middle(1) : null})
+            window.seen.push({ranges: buffered.length, clock: video.currentTime, running: window.ended === null,
+                              red: red.length, x: red.length ? middle(0) : null, y: red.length ? middle(1) : null})
         }
         setTimeout(look, 50)
     }
