@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import sys
+from typing import Any
 
 from ..helios_core.quoting import printable
 from .printable import printable_log
@@ -50,10 +51,14 @@ def _show(message: str, node_id: str | None) -> None:
 
 def tell(message: str, node_id: str | None) -> None:
     """In a running server, write a message onto the node, as the text it is."""
-    server = sys.modules.get("server")  # the host's; not there unless the server runs
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    instance = running_server()
     if instance is not None and node_id is not None:
         instance.send_progress_text(_as_html(printable(message)), node_id)
+
+
+def running_server() -> Any | None:
+    """The host's PromptServer; None where nodes run outside of a server."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def _as_html(message: str) -> str:

@@ -13,6 +13,7 @@ from ..host.model.offload_patcher import GROUP_OFFLOAD, offloaded_vae, offloadin
 from ..host.sampling.inputs import latent_warning, prepare, sampled, variant_warning
 from ..host.sockets.decoding import shown_frames, trim_warning
 from ..host.sockets.vae import check_vae
+from ..host.stream.live_sessions import Watched, on_air, workflow_id
 from ..host.stream.mp4 import BIT_DEPTHS, check_target, finished_video
 from ..host.stream.one_pass import OnePass
 from ..host.stream.resuming import pick_up
@@ -84,6 +85,15 @@ class HeliosStreamVideo(io.ComfyNode):
                 io.Combo.Input(
                     "vae_offload", options=list(GROUP_OFFLOAD), default="off", optional=True, tooltip=DECODE_TOOLTIP
                 ),
+                io.Boolean.Input(
+                    "live",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Play the video on this node while it is made, from its first finished chunk on. The file "
+                        "becomes larger for the same crf. Of a batch, item 1 plays."
+                    ),
+                ),
             ],
             outputs=[
                 io.Video.Output(
@@ -96,7 +106,7 @@ class HeliosStreamVideo(io.ComfyNode):
                     tooltip="The last chunk, to go on from: connect it to `previous` of Helios History Injection.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -118,6 +128,7 @@ class HeliosStreamVideo(io.ComfyNode):
         resume=False,
         overlap_decode="auto",
         vae_offload="off",
+        live=False,
     ) -> io.NodeOutput:
         check_vae(vae)
         guider = prepare("Helios Stream Video", model, positive, negative, latent, schedule, seed, seed_mode)
@@ -131,8 +142,10 @@ class HeliosStreamVideo(io.ComfyNode):
             notes.warn(warning)
         picked_up = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
-            writer = VideoWriter(decoder, guider.run.chunk_shape[0], shown, fps, crf, bit_depth)
-            files, tail = OnePass(guider, writer, overlap_decode == "auto", saved).run()
+            writer = VideoWriter(decoder, guider.run.chunk_shape[0], shown, fps, crf, bit_depth, live)
+            watched = Watched(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), frames=shown[1] - shown[0])
+            with on_air(writer.live, watched) if writer.live else nullcontext():
+                files, tail = OnePass(guider, writer, overlap_decode == "auto", saved).run()
         return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))
 
 

@@ -31,7 +31,7 @@ NOT_LATENTS = {
     "HeliosTextEncode": OFFLOAD,
     "HeliosPromptSchedule": OFFLOAD,
     "HeliosStreamVideo": OFFLOAD
-    | {"vae", "fps", "crf", "bit_depth", "trim", "drop_first", "resume", "overlap_decode", "vae_offload"},
+    | {"vae", "fps", "crf", "bit_depth", "trim", "drop_first", "resume", "overlap_decode", "vae_offload", "live"},
 }
 LOADERS = {  # and the input that names files
     "HeliosModelLoader": "model_name",

@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ def folder_errors(folder: Path) -> Iterator[None]:
 class VideoFile:
     """Frames to `folder`/helios_<random>.mp4; until `finish` a file that ends in .part."""
 
+    encoder_options: Mapping[str, str] = {}  # beside crf
+
     def __init__(self, folder: Path, fps: float, crf: int, bit_depth: str):
         self.target = folder / f"helios_{uuid.uuid4().hex}.mp4"
         self.part = self.target.with_suffix(".mp4.part")
@@ -94,11 +96,12 @@ class VideoFile:
             self._encode(None)
             container, self.container = self.container, None
             container.close()
-            with av.open(str(self.part), format="mp4") as written:
+            whole = self._whole()
+            with av.open(str(whole), format="mp4") as written:
                 found = written.streams.video[0].frames
             if found != self.frames:
                 raise OSError(PACKET_CHECK.format(found=found, expected=self.frames))
-            self.part.replace(self.target)
+            whole.replace(self.target)
         return self.target
 
     def discard(self) -> None:
@@ -130,13 +133,21 @@ class VideoFile:
 
     def _open(self, width: int, height: int) -> None:
         self.part.parent.mkdir(parents=True, exist_ok=True)
-        self.container = av.open(str(self.part), "w", format="mp4")
-        self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": str(self.crf)})
+        self.container = self._muxer()
+        options = {"crf": str(self.crf), **self.encoder_options}
+        self.stream = self.container.add_stream("libx264", rate=self.rate, options=options)
         self.stream.width, self.stream.height = width, height
         self.stream.pix_fmt = PIXEL_FORMATS[self.bit_depth]
         context = self.stream.codec_context
         context.colorspace, context.color_range = MATRIX_BT601, ColorRange.MPEG
         context.color_primaries, context.color_trc = PRIMARIES_BT709, TRANSFER_BT709
+
+    def _muxer(self) -> av.container.OutputContainer:
+        return av.open(str(self.part), "w", format="mp4")
+
+    def _whole(self) -> Path:
+        """The file that is to have the name, once everything is in the container."""
+        return self.part
 
     def _picture(self, frame: Tensor) -> av.VideoFrame:
         """As the host's Save Video makes it from an image, on any host: 8 bit from bytes, 10 bit from 16."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES
 from ..sockets.decoding import decode_chunk
+from .live_file import LiveFile
 from .mp4 import VideoFile
 
 
@@ -23,10 +24,17 @@ def video_folder() -> Path:
 class VideoWriter:
     """Decodes the chunks of a batch and writes one video file an item; files that are not finished do not stay."""
 
-    def __init__(self, vae: Any, batch: int, shown: tuple[int, int], fps: float, crf: int, bit_depth: str):
-        """shown: the first frame of the video to write, and the one before which to stop."""
+    def __init__(
+        self, vae: Any, batch: int, shown: tuple[int, int], fps: float, crf: int, bit_depth: str, live: bool = False
+    ):
+        """shown: the first frame of the video to write, and the one before which to stop.
+
+        live: item 1 can be watched while it is made.
+        """
         self.vae, self.shown = vae, shown
-        self.files = [VideoFile(video_folder(), fps, crf, bit_depth) for _ in range(batch)]
+        target = (video_folder(), fps, crf, bit_depth)
+        self.live = LiveFile(*target) if live else None
+        self.files = [self.live if self.live and item == 0 else VideoFile(*target) for item in range(batch)]
         self._stopped = False
 
     def write(self, position: int, samples: Tensor, vae: Any = None) -> None:

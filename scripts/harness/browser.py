@@ -161,9 +161,9 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def open_page(browser: Browser, url: str, *, width: int = 1600, height: int = 900) -> Iterator[Page]:
-    """The server's page in a browser context of its own."""
-    context = browser.new_context(viewport={"width": width, "height": height})
+def open_page(browser: Browser, url: str, *, width: int = 1600, height: int = 900, **options: Any) -> Iterator[Page]:
+    """The server's page in a browser context of its own. options: more for `Browser.new_context`."""
+    context = browser.new_context(viewport={"width": width, "height": height}, **options)
     try:
         yield Page(context.new_page(), url).open()
     finally:

@@ -1,0 +1,204 @@
+// Helios Stream Video with `live` on: the video plays on its node while it is made.
+
+import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
+import { feed } from "./helios_feed.js"
+
+const NODE = "HeliosStreamVideo"
+const POLL = 1000 // milliseconds
+const HEIGHT = 240 // pixels
+const LATE = 2 // chunks; who comes later begins with the newest one
+
+const ENGLISH = {
+    video: "The video while it is made",
+    running: "Live",
+    finished: "Finished",
+    stopped: "Stopped before the end",
+    numbers: (made, all) => `${made} of ${all} frames`,
+    buffered: seconds => `${seconds} s buffered`,
+    speed: (chunks, times) => `${chunks} chunks/s, ${times} × real time`,
+}
+const CHINESE = {
+    video: "生成中的视频",
+    running: "直播",
+    finished: "已完成",
+    stopped: "提前停止",
+    numbers: (made, all) => `${made} / ${all} 帧`,
+    buffered: seconds => `已缓冲 ${seconds} 秒`,
+    speed: (chunks, times) => `${chunks} 块/秒，实时的 ${times} 倍`,
+}
+
+function words() {
+    const locale = app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? navigator.language
+    return String(locale).startsWith("zh") ? CHINESE : ENGLISH
+}
+
+/** Every node of ours with its id for the server: those of the subgraphs around it come first. */
+function* streamNodes(graph, path = "") {
+    for (const node of graph?.nodes ?? []) {
+        if (node.subgraph) yield* streamNodes(node.subgraph, `${path}${node.id}:`)
+        else if (players.has(node)) yield [node, `${path}${node.id}`]
+    }
+}
+
+let plainOnly = false // MediaSource was tried, and the video refused it
+
+const rootGraph = () => app.rootGraph ?? app.graph
+
+/**
+ * A video with a line below it, as a widget of the node, which takes no place until there is something to play.
+ * It is there from the beginning, since Nodes 2.0 does not show a widget that is added later (frontend 1.32).
+ */
+class Player {
+    constructor(node) {
+        this.node = node
+        this.session = null
+        this.feeding = null // what ends the request of MediaSource
+        this.video = document.createElement("video")
+        Object.assign(this.video, { muted: true, controls: true, playsInline: true })
+        this.video.setAttribute("aria-label", words().video)
+        this.video.style.cssText = "width: 100%; flex: 1; min-height: 0; background: black; border-radius: 4px"
+        this.video.addEventListener("ended", () => this.playFinished())
+        this.video.addEventListener("error", () => this.playFinished())
+        this.state = document.createElement("span") // is read out when it changes; the numbers are not
+        this.state.setAttribute("role", "status")
+        this.numbers = document.createElement("span")
+        const line = document.createElement("div")
+        line.style.cssText = "font: 12px sans-serif; padding: 4px 2px; color: var(--input-text, #ddd)"
+        line.append(this.state, this.numbers)
+        this.element = document.createElement("div")
+        this.element.className = "helios-live"
+        this.element.style.cssText = "display: none; flex-direction: column; width: 100%; height: 100%"
+        this.element.append(this.video, line)
+        // Space and arrows are the video's while it has the focus, not the graph's.
+        this.element.addEventListener("keydown", event => event.stopPropagation())
+        this.widget = node.addDOMWidget("live_video", "helios_live", this.element, {
+            serialize: false,
+            hideOnZoom: false,
+            getMinHeight: () => HEIGHT,
+        })
+        this.widget.serialize = false
+        this.widget.hidden = true
+        const removed = node.onRemoved
+        node.onRemoved = function (...args) {
+            player.close()
+            return removed?.apply(this, args)
+        }
+        const player = this
+    }
+
+    /** Play this session, or say what has become of it. */
+    show(session) {
+        const other = session.id !== this.session?.id
+        if (!this.session) this.appear()
+        this.session = session
+        if (other) {
+            const late = session.written > LATE * session.chunk_frames
+            if (session.state === "finished") this.playFinished()
+            else if (session.state === "running") this.watch(late ? "key" : "start")
+        } else if (session.state === "running" && this.video.error) this.watch("key")
+        else if (this.video.ended || this.video.error) this.playFinished()
+        this.tell()
+    }
+
+    appear() {
+        this.widget.hidden = false
+        this.element.style.display = "flex"
+        this.element.style.minHeight = `${HEIGHT}px`
+        const [width, height] = this.node.computeSize()
+        this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)])
+    }
+
+    /** Play the file as it grows: through MediaSource, or, where a content policy forbids that, as a plain source. */
+    watch(from) {
+        const url = this.address(`?from=${from}`)
+        this.stopFeeding()
+        const { signal } = (this.feeding = new AbortController())
+        const plainly = () => {
+            if (signal.aborted) return
+            plainOnly ||= this.video.error !== null
+            this.video.src = url
+            this.begin()
+        }
+        if (plainOnly) plainly()
+        else feed(this.video, url, signal).catch(plainly)
+        this.begin()
+    }
+
+    begin() {
+        this.video.play().catch(() => {}) // a browser may want a click first
+    }
+
+    /** The plain file, in which one can seek, once the growing one has ended or cannot be played. */
+    playFinished() {
+        const url = this.address("")
+        if (this.session.state !== "finished" || this.video.src.endsWith(url)) return
+        this.stopFeeding()
+        this.video.src = url
+    }
+
+    address(query) {
+        return api.apiURL(`/helios/live/${this.session.id}.mp4${query}`)
+    }
+
+    stopFeeding() {
+        this.feeding?.abort()
+        this.feeding = null
+    }
+
+    tell() {
+        const { state, written, frames, rate, fps, chunk_frames } = this.session
+        const text = words()
+        if (this.state.textContent !== text[state]) this.state.textContent = text[state]
+        const parts = ["", text.numbers(written, frames)]
+        const { buffered, currentTime } = this.video
+        if (state === "running" && buffered.length)
+            parts.push(text.buffered(Math.max(0, buffered.end(buffered.length - 1) - currentTime).toFixed(1)))
+        if (rate) parts.push(text.speed((rate / chunk_frames).toFixed(2), (rate / fps).toFixed(2)))
+        this.numbers.textContent = parts.join(" · ")
+    }
+
+    close() {
+        this.stopFeeding()
+        this.video.removeAttribute("src")
+        this.video.load() // ends its request
+    }
+}
+
+const players = new WeakMap()
+let waiting = 0 // graphs in the server's queue
+
+async function refresh() {
+    const nodes = [...streamNodes(rootGraph())]
+    if (!nodes.length) return
+    const response = await api.fetchApi("/helios/live")
+    if (!response.ok) return
+    const { sessions } = await response.json()
+    for (const [node, id] of nodes) {
+        const ours = sessions.filter(s => s.node === id && (!s.workflow || s.workflow === rootGraph().id))
+        const [session, player] = [ours.at(-1), players.get(node)]
+        if (!session && player.session) player.show({ ...player.session, state: "stopped" }) // the server began anew
+        else if (session && (player.session || session.state !== "stopped")) player.show(session)
+    }
+}
+
+const anyRunning = () =>
+    [...streamNodes(rootGraph())].some(([node]) => players.get(node)?.session?.state === "running")
+
+app.registerExtension({
+    name: "Helios.Live",
+    nodeCreated(node) {
+        if (node.comfyClass === NODE) players.set(node, new Player(node))
+    },
+    setup() {
+        api.addEventListener("status", ({ detail }) => {
+            waiting = detail?.exec_info?.queue_remaining ?? 0
+        })
+        setInterval(() => {
+            if (waiting || anyRunning()) refresh().catch(() => {}) // the server may be starting again
+        }, POLL)
+    },
+    afterConfigureGraph() {
+        refresh().catch(() => {})
+    },
+})
