@@ -33,12 +33,17 @@ function words() {
     return String(locale).startsWith("zh") ? CHINESE : ENGLISH
 }
 
-/** Every node of ours with its id for the server: those of the subgraphs around it come first. */
-function* streamNodes(graph, path = "") {
+/**
+ * Every player with its node's ids for the server, where those of the subgraphs around it come first: more than one
+ * where a subgraph is used more than once.
+ */
+function playersWithIds(graph, path = "", found = new Map()) {
     for (const node of graph?.nodes ?? []) {
-        if (node.subgraph) yield* streamNodes(node.subgraph, `${path}${node.id}:`)
-        else if (players.has(node)) yield [node, `${path}${node.id}`]
+        if (node.subgraph) playersWithIds(node.subgraph, `${path}${node.id}:`, found)
+        const player = players.get(node)
+        if (player) found.set(player, [...(found.get(player) ?? []), `${path}${node.id}`])
     }
+    return found
 }
 
 let plainOnly = false // MediaSource was tried, and the video refused it
@@ -85,6 +90,10 @@ class Player {
             return removed?.apply(this, args)
         }
         const player = this
+    }
+
+    isRunning() {
+        return this.session?.state === "running"
     }
 
     /** Play this session, or say what has become of it. */
@@ -169,21 +178,21 @@ const players = new WeakMap()
 let waiting = 0 // graphs in the server's queue
 
 async function refresh() {
-    const nodes = [...streamNodes(rootGraph())]
-    if (!nodes.length) return
+    const shown = playersWithIds(rootGraph())
+    if (!shown.size) return
     const response = await api.fetchApi("/helios/live")
     if (!response.ok) return
     const { sessions } = await response.json()
-    for (const [node, id] of nodes) {
-        const ours = sessions.filter(s => s.node === id && (!s.workflow || s.workflow === rootGraph().id))
-        const [session, player] = [ours.at(-1), players.get(node)]
-        if (!session && player.session) player.show({ ...player.session, state: "stopped" }) // the server began anew
-        else if (session && (player.session || session.state !== "stopped")) player.show(session)
+    for (const [player, ids] of shown) {
+        const session = sessions
+            .filter(({ node, workflow }) => ids.includes(node) && (!workflow || workflow === rootGraph().id))
+            .at(-1)
+        if (session && (player.session || session.state !== "stopped")) player.show(session)
+        else if (player.isRunning()) player.show({ ...player.session, state: "stopped" }) // the server began anew
     }
 }
 
-const anyRunning = () =>
-    [...streamNodes(rootGraph())].some(([node]) => players.get(node)?.session?.state === "running")
+const anyRunning = () => [...playersWithIds(rootGraph()).keys()].some(player => player.isRunning())
 
 app.registerExtension({
     name: "Helios.Live",
