@@ -11,6 +11,7 @@ This is not the paper's distribution matching: that needs two more networks in t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from helios import History, padding_bias, predict_flow, rotary_tables
 from latents import Shelf
-from parts import load_part, reader
+from parts import load_part, reader, weights_folder
 from sample import Sampler, load_sampler, load_vae, make_predictor, make_scheduler, pyramid_stages, shift_of
 from text import Phrasebook
 from torch import Tensor
@@ -54,18 +55,26 @@ def make_pairs(teacher: Sampler, shelf: Shelf, seed: int, number: int) -> Pairs:
 
 
 def gather_pairs(teacher: Sampler, shelf: Shelf, seed: int, folder: Path, count: int) -> Pairs:
-    """So many, on the teacher's device; those that the folder has are not made again."""
+    """As many or a few more, on the teacher's device; those that the folder has are not made again."""
     blocks = []
-    for number in range(count // BLOCK):
+    for number in range(math.ceil(count / BLOCK)):
         path = folder / f"{number:05d}.pt"
         if path.exists():
             blocks.append(Pairs(**torch.load(path, map_location=teacher.device, weights_only=True)))
         else:
             blocks.append(make_pairs(teacher, shelf, seed, number))
             save_atomically({"tensors": blocks[-1].tensors, "captions": blocks[-1].captions}, path)
-            log.info("block %d of %d", number + 1, count // BLOCK)
+            log.info("block %d of %d", number + 1, math.ceil(count / BLOCK))
     tensors = {name: torch.cat([block.tensors[name] for block in blocks]) for name in blocks[0].tensors}
     return Pairs(tensors, list(chain(*(block.captions for block in blocks))))
+
+
+def digest(options: argparse.Namespace) -> str:
+    """Of all that the pairs depend on: another teacher's are not to be taken for its."""
+    seen = hashlib.sha256(f"{options.size} {options.teacher_steps} {options.seed}".encode())
+    for file in sorted((weights_folder("mid") / "transformer").glob("*.safetensors")):
+        seen.update(file.read_bytes())
+    return seen.hexdigest()[:12]
 
 
 def visited(size: int) -> list[list[tuple[float, float]]]:
@@ -101,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = options.device
     teacher = load_sampler("mid", (options.teacher_steps,) * 3, None, device)
     shelf = Shelf(load_vae(device), options.folder, options.size)
-    pairs = gather_pairs(teacher, shelf, options.seed, options.folder / f"pairs-{options.size}", options.pairs)
+    shelf.grow(100)  # more are there where Mid was trained
+    pairs = gather_pairs(teacher, shelf, options.seed, options.folder / f"pairs-{digest(options)}", options.pairs)
 
     model = Trained(load_part("mid", "transformer"), load_part("mid", "text_encoder")).to(device)
     model.encoder.requires_grad_(False)

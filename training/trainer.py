@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -216,6 +217,8 @@ class Run:
                 average.shadow[name].copy_(saved)
             self.step, self.seconds = state["step"], state["seconds"]
             log.info("%s goes on from step %d", name, self.step)
+            if self.progress >= 1:
+                log.info("that is all its steps: a further round wants another --folder")
 
     @property
     def progress(self) -> float:
@@ -235,8 +238,10 @@ class Run:
         save_atomically(state, self.path)
 
     def steps(self, rate: float, save_every: float = 120.0) -> Iterator[int]:
-        """Numbers of the steps to make, until the end or a SIGTERM; sets the optimizer's rate, of which `rate` is the
-        peak, and saves every so many seconds and at the end."""
+        """Numbers of the steps to make, until the end; sets the optimizer's rate, of which `rate` is the peak, and saves.
+
+        After a SIGTERM the program ends, once it has saved.
+        """
         began = saved = time.monotonic()
         spent = self.seconds
         while self.progress < 1 and not self.is_stopped:
@@ -251,6 +256,8 @@ class Run:
                 saved = time.monotonic()
         self.save()
         log.info("stopped at step %d after %.0f s", self.step, self.seconds)
+        if self.is_stopped:
+            sys.exit(128 + signal.SIGTERM)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
