@@ -238,7 +238,7 @@ class Run:
         save_atomically(state, self.path)
 
     def steps(self, rate: float, save_every: float = 120.0) -> Iterator[int]:
-        """Numbers of the steps to make, until the end; sets the optimizer's rate, of which `rate` is the peak, and saves.
+        """Numbers of the steps to make, until the end; sets the optimizer's rate, whose peak is `rate`, and saves.
 
         After a SIGTERM the program ends, once it has saved.
         """
