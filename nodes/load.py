@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..helios_core.checkpoint import open_checkpoint
 from ..host.compat import advanced, schema
-from ..host.files.diffusion_model import find_model, list_models
 from ..host.files.official import find_folder, list_folders, read_schedule
+from ..host.files.single_file import find_file, list_files
 from ..host.files.text_encoder import load_text_encoder
 from ..host.files.vae import load_vae
 from ..host.messages import Notes
@@ -72,7 +72,7 @@ class HeliosModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=list_models(),
+                    options=list_files("diffusion_models"),
                     tooltip="A file made by scripts/convert_checkpoint.py, or any single-file Helios transformer.",
                 ),
                 dtype_input(),
@@ -90,7 +90,9 @@ class HeliosModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, dtype, group_offload="off", blocks_per_group=1, weights_in="host") -> io.NodeOutput:
         how = offloading(group_offload, blocks_per_group, weights_in)
-        return io.NodeOutput(load(find_model(model_name), dtype, how, weights_in, Notes(cls.hidden.unique_id)))
+        return io.NodeOutput(
+            load(find_file("diffusion_models", model_name), dtype, how, weights_in, Notes(cls.hidden.unique_id))
+        )
 
 
 class HeliosDiffusersLoader(io.ComfyNode):

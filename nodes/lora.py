@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.compat import schema
-from ..host.files.lora import find_lora, list_loras
+from ..host.files.single_file import find_file, list_files
 from ..host.messages import Notes
 from ..host.model.lora import add_lora
 from ..host.sampling.inputs import check_model
@@ -26,7 +26,9 @@ class HeliosLoraLoader(io.ComfyNode):
             search_aliases=["helios", "lora", "load lora", "wan lora"],
             inputs=[
                 io.Model.Input("model", tooltip="From a Helios loader, or from another LoRA loader. Before Compile."),
-                io.Combo.Input("lora_name", options=list_loras(), tooltip="A .safetensors file in models/loras."),
+                io.Combo.Input(
+                    "lora_name", options=list_files("loras"), tooltip="A .safetensors file in models/loras."
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -47,7 +49,7 @@ class HeliosLoraLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name, strength=1.0) -> io.NodeOutput:
         check_model("Helios LoRA Loader", model)
-        return io.NodeOutput(add_lora(model, find_lora(lora_name), strength, Notes(cls.hidden.unique_id)))
+        return io.NodeOutput(add_lora(model, find_file("loras", lora_name), strength, Notes(cls.hidden.unique_id)))
 
 
 NODES = [HeliosLoraLoader]

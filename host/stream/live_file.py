@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import av
 from av.video.frame import PictureType
 from torch import Tensor
 
-from .mp4 import VideoFile
+from .mp4 import VideoFile, new_path
 
 # Each frame is a fragment, so that what is written can be shown; the index comes first, and is empty.
 FRAGMENTED = {"movflags": "+frag_every_frame+empty_moov+default_base_moof"}
@@ -45,7 +44,7 @@ class LiveFile(VideoFile):
 
     def __init__(self, folder: Path, fps: float, crf: int, bit_depth: str):
         super().__init__(folder, fps, crf, bit_depth)
-        self.copy = folder / f"helios_{uuid.uuid4().hex}.mp4.part"
+        self.copy = new_path(folder).with_suffix(".mp4.part")
         self.keys: list[int] = []  # offsets of the fragments that begin with a key frame
         self.written: list[tuple[float, int]] = []  # when a chunk was written, and the frames until then
         self.closed = False

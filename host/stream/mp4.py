@@ -72,7 +72,7 @@ class VideoFile:
     encoder_options: Mapping[str, str] = {}  # beside crf
 
     def __init__(self, folder: Path, fps: float, crf: int, bit_depth: str):
-        self.target = folder / f"helios_{uuid.uuid4().hex}.mp4"
+        self.target = new_path(folder)
         self.part = self.target.with_suffix(".mp4.part")
         self.rate = Fraction(round(fps * 1000), 1000)  # as the host's Create Video rounds it
         self.crf, self.bit_depth = crf, bit_depth
@@ -178,6 +178,11 @@ def finished_video(file: Path) -> Any:
     video = _in_use[file] = InputImpl.VideoFromFile(str(file))
     in_background(remove_old_videos, file.parent)
     return video
+
+
+def new_path(folder: Path) -> Path:
+    """Of a video that nobody has, by a name that OUR_FILE knows."""
+    return folder / f"helios_{uuid.uuid4().hex}.mp4"
 
 
 def remove_old_videos(folder: Path) -> None:
