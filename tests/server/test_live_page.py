@@ -39,8 +39,8 @@ WATCH = """() => {
             const red = []
             for (let i = 0; i < 1024; i++) if (data[4 * i] > 120 && data[4 * i + 1] < 100) red.push([i % 32, i >> 5])
             const middle = axis => red.reduce((sum, point) => sum + point[axis], 0) / red.length
-            const {buffered} = video
-            window.seen.push({ranges: buffered.length, clock: video.currentTime, running: window.ended === null,
+            window.seen.push({clock: video.currentTime, running: window.ended === null,
+                              ranges: video.buffered.length, fed: video.currentSrc.startsWith('blob:'),
                               red: red.length, x: red.length ? middle(0) : null, y: red.length ? middle(1) : null})
         }
         setTimeout(look, 50)
@@ -81,11 +81,12 @@ def test_the_ball_moves_before_the_run_has_ended_and_the_file_is_there_after_it(
         assert video(page)["source"].startswith("http" if policy else "blob:")
         page.page.wait_for_function("window.ended", timeout=180_000)
         during = [look for look in json.loads(page.page.evaluate("JSON.stringify(window.seen)")) if look["running"]]
-        assert during[-1]["clock"] - during[0]["clock"] > 1
+        clocks = [look["clock"] for look in during]
+        assert max(clocks) - min(clocks) > 1
         assert max(look["red"] for look in during) > 20
         places = [look["x"] for look in during if look["x"] is not None]
         assert max(places) - min(places) > 6  # of 32
-        assert max(look["ranges"] for look in during) == 1  # no hole in what is buffered
+        assert {look["ranges"] for look in during if look["fed"]} <= {1}  # no hole; of a plain file the browser guesses
         page.page.wait_for_function(FINISHED, arg=33 * CHUNKS / 24, timeout=60_000)
         assert page.errors == []
 
