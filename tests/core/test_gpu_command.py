@@ -79,6 +79,7 @@ def test_a_rehearsal_runs_every_part(tmp_path):
         assert next(r["ours"] for r in parts[name]["rows"] if r["name"] == row) > 0
         assert {"gpu", "driver", "torch", "triton", "commit", "code"} <= set(parts[name]["about"]["machine"])
         assert f"| {name} | {row} |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert all(row["ours"] for row in parts["tests_fused"]["rows"])  # none is skipped: these tests run nowhere else
     assert {row["name"] for row in parts["network"]["rows"] if row["ours"]} >= NETWORK
     listed = (tmp_path / "profile.txt").read_text(encoding="utf-8")
     assert all(f"{name}: " in listed for name in ("forward_stage2, fused", "chunk_222, eager"))
