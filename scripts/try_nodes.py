@@ -1,13 +1,19 @@
-"""Try every node of a ComfyUI that takes a MODEL or a LATENT on tiny Helios models, and write docs/compatibility.md."""
+"""Try every node of a ComfyUI that takes a MODEL or a LATENT on tiny Helios models, and write docs/compatibility.md.
+
+A run is of one ComfyUI, and keeps what came of its nodes in build/compatibility/outcomes. The page is made of all that
+are there, with a line of its own for what differs between them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +26,13 @@ from harness.host import ROOT, Host
 from harness.models import make_tiny_models
 from harness.small import find, last, small_api, with_latents
 from harness.tiny import TINY
+from harness.workflow import DYNAMIC
 
 BUILD = ROOT / "build" / "compatibility"
+OUTCOMES = BUILD / "outcomes"
 DOCUMENT = ROOT / "docs" / "compatibility.md"
-OURS = "custom_nodes.ComfyUI-Helios"
+OURS = "ComfyUI-Helios"
+MODELS, LATENTS = "Nodes that take a MODEL", "Nodes that take a LATENT alone"
 VARIANTS = {"Base, guided": "helios_t2v_base", "Distilled": "helios_t2v_distilled"}
 TIMEOUT = 300
 TRIED = "tried"  # id of the node in question
@@ -40,8 +49,9 @@ SOURCES: dict[str, tuple[str, dict[str, Any], int]] = {
 WIDGETS = {"INT": 1, "FLOAT": 1.0, "STRING": "", "BOOLEAN": False}
 INTRODUCTION = """# Nodes of ComfyUI on a Helios MODEL or LATENT
 
-Every node of ComfyUI {version} that takes a MODEL or a LATENT, with its default settings, on tiny random weights at
-128x64. `python scripts/try_nodes.py` writes this page, for any other ComfyUI as well.
+Every node of ComfyUI {versions} that takes a MODEL or a LATENT, with its default settings, on tiny random weights at
+128x64; behind them, nodes of other packs that take a MODEL. `python scripts/try_nodes.py` writes this page, for any
+other ComfyUI as well. Where no version is named, a node is in all of them, with the same outcome.
 
 - **changed**: it works, and the video is another one than without it.
 - **unchanged**: the video is the same. With its defaults the node does nothing (as merging a model with itself), or it
@@ -50,10 +60,6 @@ Every node of ComfyUI {version} that takes a MODEL or a LATENT, with its default
 - **failed**: the node itself ends in an error, in most cases since it reaches into the layers of another model.
 - **ran**: it came to its end; there is no video to compare.
 - **not tried**: it needs something that the small graph does not have.
-
-Nodes of other packs that reach into the layers of Wan, Flux or a U-Net by their names (TeaCache, first-block caches,
-NAG, Enhance-A-Video, RifleX and the like) fail in the same way: Helios has layers of its own. Those that only work on
-what the model returns, such as guidance functions, work.
 """
 
 
@@ -63,6 +69,9 @@ class Outcome:
 
     word: str
     said: str = ""
+
+
+Results = dict[str, dict[str, dict[str, Outcome]]]  # of one ComfyUI: title of a table -> node -> variant -> outcome
 
 
 def make_models() -> Path:
@@ -81,12 +90,8 @@ class NotTriedError(ValueError):
 
 
 def takes(node: Mapping[str, Any], kind: str) -> bool:
-    return any(kind in str(spec[0]).split(",") for _, spec in _inputs(node))
-
-
-def _inputs(node: Mapping[str, Any], groups: tuple[str, ...] = ("required", "optional")) -> Iterator[tuple[str, list]]:
-    for group in groups:
-        yield from (node["input"].get(group) or {}).items()
+    groups = (node["input"].get(group) or {} for group in ("required", "optional"))
+    return any(kind in str(spec[0]).split(",") for group in groups for spec in group.values())
 
 
 class Trial:
@@ -114,13 +119,21 @@ class Trial:
         """The graph with a node of this name in it, fed and at its defaults, and not connected to anything yet."""
         api = copy.deepcopy(self.api)
         api[TRIED] = {"class_type": name, "inputs": {}}
+        self.fill(api, self.info[name]["input"])
+        return api
+
+    def fill(self, api: dict[str, Any], inputs: Mapping[str, Any], prefix: str = "") -> None:
+        """Give the node in question what it must have, and every MODEL and LATENT it can take."""
         for group in ("required", "optional"):
-            for socket, spec in _inputs(self.info[name], (group,)):
+            for socket, spec in (inputs.get(group) or {}).items():
                 kind = spec[0] if isinstance(spec[0], list) else str(spec[0]).split(",")
                 wanted = not isinstance(spec[0], list) and bool({"MODEL", "LATENT"} & set(kind))
-                if group == "required" or wanted:
-                    api[TRIED]["inputs"][socket] = self.value(api, spec)
-        return api
+                if spec[0] == DYNAMIC:
+                    first = spec[1]["options"][0]
+                    api[TRIED]["inputs"][prefix + socket] = first["key"]
+                    self.fill(api, first["inputs"], f"{prefix}{socket}.")
+                elif group == "required" or wanted:
+                    api[TRIED]["inputs"][prefix + socket] = self.value(api, spec)
 
     def value(self, api: dict[str, Any], spec: list) -> Any:
         """A widget's default, or a link to what feeds a socket, with the nodes that takes added to the graph."""
@@ -196,44 +209,115 @@ def first_sentence(message: str) -> str:
     return re.split(r"(?<=\.) |\n", message.strip(), maxsplit=1)[0]
 
 
-def document(version: str, info: Mapping[str, Any], outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
-    """The page: a table of the nodes that take a MODEL, and one of those that take a LATENT alone."""
-    parts = [INTRODUCTION.format(version=version)]
-    for title, kind in (("MODEL", "MODEL"), ("LATENT alone", "LATENT")):
-        names = [name for name in outcomes if takes(info[name], "MODEL") == (kind == "MODEL")]
-        parts.append(f"\n## Nodes that take a {title}\n\n| node | {' | '.join(VARIANTS)} | |\n|---|---|---|---|\n")
-        parts += [row(name, outcomes[name]) for name in names]
+def candidates(info: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of the host's nodes, by table."""
+    nodes = {name: node for name, node in sorted(info.items()) if not node["python_module"].startswith("custom_nodes.")}
+    on_models = [name for name, node in nodes.items() if takes(node, "MODEL")]
+    on_latents = [name for name, node in nodes.items() if takes(node, "LATENT") and name not in on_models]
+    return {MODELS: on_models, LATENTS: on_latents}
+
+
+def of_pack(info: Mapping[str, Any], pack: str) -> list[str]:
+    """Names of a pack's nodes that take a MODEL."""
+    nodes = {name: node for name, node in sorted(info.items()) if node["python_module"] == f"custom_nodes.{pack}"}
+    return [name for name, node in nodes.items() if takes(node, "MODEL")]
+
+
+def document(results: Mapping[str, Results]) -> str:
+    """The page, of what came of the nodes on each ComfyUI, the oldest first."""
+    parts = [INTRODUCTION.format(versions=" and ".join(results))]
+    for title in dict.fromkeys(title for tables in results.values() for title in tables):
+        columns = ["node", "ComfyUI", *VARIANTS, ""]
+        parts.append(f"\n## {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
+        there = {version: tables[title] for version, tables in results.items() if title in tables}
+        for name in sorted({name for outcomes in there.values() for name in outcomes}):
+            parts += rows(name, {version: outcomes.get(name) for version, outcomes in there.items()})
     return "".join(parts)
 
 
-def row(name: str, outcomes: Mapping[str, Outcome]) -> str:
+def rows(name: str, by_version: Mapping[str, dict[str, Outcome] | None]) -> list[str]:
+    """A node's line, or one for each outcome where it is not the same on every ComfyUI."""
+    versions: dict[tuple[tuple[str, Outcome], ...], list[str]] = {}
+    for version, outcomes in by_version.items():
+        if outcomes is not None:
+            versions.setdefault(tuple(outcomes.items()), []).append(version)
+    return [row(name, dict(came), () if of == list(by_version) else of) for came, of in versions.items()]
+
+
+def row(name: str, outcomes: Mapping[str, Outcome], versions: Sequence[str] = ()) -> str:
     said = list(dict.fromkeys(outcome.said for outcome in outcomes.values() if outcome.said))
     words = " | ".join(outcome.word for outcome in outcomes.values())
     text = "; ".join(said).replace("|", "\\|").replace("<", "&lt;")
-    return f"| {name} | {words} | {text} |\n"
+    return f"| {name} | {', '.join(versions)} | {words} | {text} |\n"
 
 
-def candidates(info: Mapping[str, Any]) -> list[str]:
-    """Names of the host's nodes that take a MODEL or a LATENT."""
-    names = [name for name, node in info.items() if node["python_module"] != OURS]
-    return sorted(name for name in names if takes(info[name], "MODEL") or takes(info[name], "LATENT"))
+def read_results() -> dict[str, Results]:
+    """What is known of each ComfyUI, the oldest first."""
+    results = {}
+    for file in sorted(OUTCOMES.glob("*.json"), key=lambda file: [int(part) for part in file.stem.split(".")]):
+        known = json.loads(file.read_text(encoding="utf-8"))
+        results[file.stem] = {
+            title: {
+                name: {variant: Outcome(**outcome) for variant, outcome in outcomes.items()}
+                for name, outcomes in table.items()
+            }
+            for title, table in known.items()
+        }
+    return results
+
+
+def keep_results(version: str, found: Results) -> None:
+    """Write these tables of a ComfyUI down; those of other runs stay."""
+    OUTCOMES.mkdir(parents=True, exist_ok=True)
+    known = {**read_results().get(version, {}), **found}
+    text = json.dumps(known, default=asdict, indent=1)
+    (OUTCOMES / f"{version}.json").write_text(text, encoding="utf-8")
+
+
+def link_packs(host: Host, packs: Sequence[Path]) -> None:
+    """Have these packs beside ours, and no others."""
+    folder = host.base / "custom_nodes"
+    for link in folder.iterdir():
+        if link.is_symlink() and link.name != OURS:
+            link.unlink()
+    for pack in packs:
+        (folder / pack.name).symlink_to(pack.resolve(), target_is_directory=True)
+
+
+def with_version(pack: Path) -> str:
+    return f"{pack.name} {tomllib.loads((pack / 'pyproject.toml').read_text(encoding='utf-8'))['project']['version']}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("nodes", nargs="*", help="names of nodes; no page is written then")
+    parser.add_argument(
+        "--packs", nargs="*", type=Path, default=[], help="folders of packs: their nodes, not ComfyUI's"
+    )
     parser.add_argument("--target", type=Path, default=DOCUMENT)
     options = parser.parse_args()
-    with Host(BUILD / "comfyui", models=make_models()) as host:
+    host = Host(BUILD / "comfyui", models=make_models())
+    link_packs(host, options.packs)
+    with host:
         version = host.get("/system_stats")["system"]["comfyui_version"]
         info = host.get("/object_info")
         trials = {title: Trial(host, info, workflow) for title, workflow in VARIANTS.items()}
-        outcomes: dict[str, dict[str, Outcome]] = {}
-        for name in options.nodes or candidates(info):
-            outcomes[name] = {title: trial.outcome(name) for title, trial in trials.items()}
-            print(row(name, outcomes[name]), end="", flush=True)
-    if not options.nodes:
-        options.target.write_text(document(version, info, outcomes), encoding="utf-8")
+
+        def tried(names: Sequence[str]) -> dict[str, dict[str, Outcome]]:
+            outcomes = {}
+            for name in names:
+                outcomes[name] = {title: trial.outcome(name) for title, trial in trials.items()}
+                print(row(name, outcomes[name]), end="", flush=True)
+            return outcomes
+
+        if options.nodes:
+            tried(options.nodes)
+            return 0
+        wanted = candidates(info)
+        if options.packs:
+            wanted = {with_version(pack): of_pack(info, pack.name) for pack in options.packs}
+        keep_results(version, {title: tried(names) for title, names in wanted.items()})
+    options.target.write_text(document(read_results()), encoding="utf-8")
     return 0
 
 
