@@ -46,6 +46,11 @@ SOURCES: dict[str, tuple[str, dict[str, Any], int]] = {
     "SAMPLER": ("KSamplerSelect", {"sampler_name": "euler"}, 0),
     "SIGMAS": ("KarrasScheduler", {"steps": 2, "sigma_max": 1.0, "sigma_min": 0.1, "rho": 7.0}, 0),
 }
+# Where the defaults do nothing, at least on a network of two blocks.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ApplyFBCacheOnModel": {"residual_diff_threshold": 0.1},
+    "SkipLayerGuidanceWanVideo": {"blocks": "0"},
+}
 WIDGETS = {"INT": 1, "FLOAT": 1.0, "STRING": "", "BOOLEAN": False}
 INTRODUCTION = """# Nodes of ComfyUI on a Helios MODEL or LATENT
 
@@ -120,6 +125,7 @@ class Trial:
         api = copy.deepcopy(self.api)
         api[TRIED] = {"class_type": name, "inputs": {}}
         self.fill(api, self.info[name]["input"])
+        api[TRIED]["inputs"] |= SETTINGS.get(name, {})
         return api
 
     def fill(self, api: dict[str, Any], inputs: Mapping[str, Any], prefix: str = "") -> None:
@@ -196,10 +202,9 @@ class Trial:
         except PromptRejected as error:
             return Outcome("not tried", first_sentence(str(error).partition(": ")[2]))
         except ExecutionFailed as error:
-            said = first_sentence(error.details.get("exception_message", str(error)))
-            by_us = str(error.details.get("node_type")).startswith("Helios") or "Helios" in said
-            refused = by_us and error.details.get("exception_type") == "ValueError"
-            return Outcome("refused" if refused else "failed", said)
+            message = error.details.get("exception_message", str(error))
+            refused = error.details.get("exception_type") == "ValueError" and "Helios" in message  # which names itself
+            return Outcome("refused" if refused else "failed", first_sentence(message))
         except TimeoutError:
             self.host.interrupt()
             return Outcome("failed", f"not done after {TIMEOUT} s")
@@ -218,9 +223,9 @@ def candidates(info: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def of_pack(info: Mapping[str, Any], pack: str) -> list[str]:
-    """Names of a pack's nodes that take a MODEL."""
+    """Names of a pack's nodes that take a MODEL and return one."""
     nodes = {name: node for name, node in sorted(info.items()) if node["python_module"] == f"custom_nodes.{pack}"}
-    return [name for name, node in nodes.items() if takes(node, "MODEL")]
+    return [name for name, node in nodes.items() if takes(node, "MODEL") and "MODEL" in node["output"]]
 
 
 def document(results: Mapping[str, Results]) -> str:
@@ -285,7 +290,16 @@ def link_packs(host: Host, packs: Sequence[Path]) -> None:
 
 
 def with_version(pack: Path) -> str:
-    return f"{pack.name} {tomllib.loads((pack / 'pyproject.toml').read_text(encoding='utf-8'))['project']['version']}"
+    """The title of a pack's table."""
+    file = pack / "pyproject.toml"
+    version = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"] if file.is_file() else ""
+    return f"{pack.name} {version}".strip()
+
+
+def not_imported(host: Host, pack: Path) -> str | None:
+    """What the host's log says of a pack that it could not import."""
+    found = re.search(rf"Cannot import \S*/{re.escape(pack.name)} module for custom nodes: (.*)", host.log.read_text())
+    return found and re.sub(r" \(/.*?\)", "", found[1])  # without the path of a file
 
 
 def main() -> int:
@@ -313,10 +327,16 @@ def main() -> int:
         if options.nodes:
             tried(options.nodes)
             return 0
-        wanted = candidates(info)
-        if options.packs:
-            wanted = {with_version(pack): of_pack(info, pack.name) for pack in options.packs}
-        keep_results(version, {title: tried(names) for title, names in wanted.items()})
+        found = {}
+        for pack in options.packs:
+            found[with_version(pack)] = tried(of_pack(info, pack.name))
+            if why := not_imported(host, pack):
+                found[with_version(pack)] = {
+                    "(the pack)": dict.fromkeys(VARIANTS, Outcome("failed", f"no import: {why}"))
+                }
+        if not options.packs:
+            found = {title: tried(names) for title, names in candidates(info).items()}
+        keep_results(version, found)
     options.target.write_text(document(read_results()), encoding="utf-8")
     return 0
 
