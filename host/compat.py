@@ -102,3 +102,8 @@ def room_to_pin() -> int:
     management = comfy.model_management
     limit = getattr(management, "MAX_PINNED_MEMORY", 0) - getattr(management, "TOTAL_PINNED_MEMORY", 0)
     return max(0, int(limit))
+
+
+def noise_scale(sampling: Any) -> float:
+    """What a MODEL's model_sampling multiplies noise by: 1, but for a node of newer hosts (ModelNoiseScale of 0.33)."""
+    return float(getattr(sampling, "noise_scale", 1.0))

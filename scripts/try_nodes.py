@@ -110,15 +110,15 @@ class Trial:
         loader, text = find(self.api, "HeliosDiffusersLoader"), find(self.api, "HeliosTextEncode")
         self.links = {"MODEL": [loader, 0], "CLIP": [loader, 1], "VAE": [loader, 2], "CONDITIONING": [text, 1]}
         self.links["LATENT"] = [self.sampler, 0]
-        self.expected = self.latents(self.run(self.api))
+        [self.expected] = self.latents(self.run(self.api))
 
     def run(self, api: dict[str, Any]) -> Run:
         return run_workflow(self.host.url, api, timeout=TIMEOUT)
 
-    def latents(self, run: Run) -> Tensor:
-        """What Save Latent has saved in a run."""
-        [file] = [entry for entry in run.files() if entry["filename"].endswith(".latent")]
-        return load_file(self.host.output / file["subfolder"] / file["filename"])["latent_tensor"]
+    def latents(self, run: Run) -> list[Tensor]:
+        """What Save Latent has saved in a run: one, or where a node has made a list, all of it."""
+        files = [entry for entry in run.files() if entry["filename"].endswith(".latent")]
+        return [load_file(self.host.output / file["subfolder"] / file["filename"])["latent_tensor"] for file in files]
 
     def with_node(self, name: str) -> dict[str, Any]:
         """The graph with a node of this name in it, fed and at its defaults, and not connected to anything yet."""
@@ -178,9 +178,10 @@ class Trial:
 
     def compared(self, api: dict[str, Any]) -> Outcome:
         found = self.latents(self.run(api))
-        if not found.isfinite().all():
+        if not all(latents.isfinite().all() for latents in found):
             return Outcome("failed", "the latents are not finite")
-        return Outcome("unchanged" if torch.equal(found, self.expected) else "changed")
+        same = len(found) == 1 and torch.equal(found[0], self.expected)
+        return Outcome("unchanged" if same else "changed")
 
     def to_its_end(self, name: str) -> Outcome:
         """Any other node: only whether it runs."""

@@ -8,6 +8,11 @@ from typing import Any
 
 import comfy.utils
 
+# Options by their keys, which tell no node: the node that sets each, and what it changes.
+MARKS = {
+    "rope_options": ("ScaleROPE", "the scale of positions"),
+    "ar_config": ("ARVideoI2V", "how another sampler begins"),
+}
 OURS = "dit"  # the one group of replacements that `HeliosNetwork` asks, for its blocks
 
 
@@ -47,8 +52,7 @@ def node_of(function: Any) -> str:
 
 def _unheeded(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The node, as far as it can be told, and what it changes."""
-    if options.get("rope_options"):  # numbers, that tell no node
-        yield "ScaleROPE", "the scale of positions"
+    yield from (mark for key, mark in MARKS.items() if options.get(key))
     for name, functions in options.get("patches", {}).items():
         for function in functions:
             yield node_of(function), f"parts of a network ({name})"
