@@ -35,6 +35,7 @@ OURS = "ComfyUI-Helios"
 MODELS, LATENTS = "Nodes that take a MODEL", "Nodes that take a LATENT alone"
 VARIANTS = {"Base, guided": "helios_t2v_base", "Distilled": "helios_t2v_distilled"}
 TIMEOUT = 300
+LORA = "tiny.safetensors"
 TRIED = "tried"  # id of the node in question
 # Sockets that a small graph can feed: the node that does, its inputs and its output.
 SOURCES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -86,7 +87,7 @@ def make_models() -> Path:
     name = "transformer.blocks.0.attn1.to_q"
     width = int(TINY["num_attention_heads"] * TINY["attention_head_dim"])
     lora = {f"{name}.lora_A.weight": torch.ones(1, width), f"{name}.lora_B.weight": torch.ones(width, 1)}
-    save_file(lora, models / "loras" / "tiny.safetensors")
+    save_file(lora, models / "loras" / LORA)
     return models
 
 
@@ -148,7 +149,7 @@ class Trial:
         if choices is not None:
             if not choices:
                 raise NotTriedError("needs a file")
-            return options.get("default", choices[0])
+            return LORA if LORA in choices else options.get("default", choices[0])
         if kind in WIDGETS:
             return options.get("default", WIDGETS[kind])
         for one in kind.split(","):

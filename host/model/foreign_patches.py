@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.utils
@@ -13,16 +14,14 @@ MARKS = {
     "rope_options": ("ScaleROPE", "the scale of positions"),
     "ar_config": ("ARVideoI2V", "how another sampler begins"),
 }
+NETWORK = "HeliosNetwork"  # as errors of Python name ours
 OURS = "dit"  # the one group of replacements that `HeliosNetwork` asks, for its blocks
 
 
 def check_foreign(options: Mapping[str, Any]) -> None:
     """Raise ValueError for transformer_options that Helios would not heed."""
     for node, what in _unheeded(options):
-        raise ValueError(
-            f"{node} changes {what}, which Helios does not have: it was made for other models. Take it out of the "
-            "graph."
-        )
+        raise ValueError(_refusal(node, what))
 
 
 def check_model_options(node: str, patcher: Any) -> None:
@@ -43,11 +42,30 @@ def check_model_options(node: str, patcher: Any) -> None:
             ) from error
 
 
+@contextmanager
+def refusing_by_name(options: Mapping[str, Any]) -> Iterator[None]:
+    """Around a step: where a node's function looks for a part of the network in vain, a ValueError that names the node.
+
+    As TeaCache and its like do, for a `forward_orig`; the error that they end in shows all of the network.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        function, part = options.get("model_function_wrapper"), re.search(r"attribute '(\w+)'", str(error))
+        if function is None or part is None or NETWORK not in str(error):
+            raise
+        raise ValueError(_refusal(node_of(function), f"{part[1]} of a network")) from error
+
+
 def node_of(function: Any) -> str:
     """The class that a function or an object was made in, which for most nodes is the node's."""
     made = function if hasattr(function, "__qualname__") else type(function)
     file = re.split(r"[./\\]", made.__module__)[-1]  # the host calls a node's module by its path
     return f"{made.__qualname__.split('.')[0]} ({file})"
+
+
+def _refusal(node: str, what: str) -> str:
+    return f"{node} changes {what}, which Helios does not have: it was made for other models. Take it out of the graph."
 
 
 def _unheeded(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...helios_core.guidance import projection
 from ...helios_core.schedule import TRAIN_STEPS, Schedule
 from ..model.base_model import FlowSampling
+from ..model.foreign_patches import refusing_by_name
 
 if TYPE_CHECKING:
     from .guider import HeliosGuider
@@ -47,7 +48,8 @@ class BoundChunk:
         host_sigma = torch.full((latents.shape[0],), timestep / TRAIN_STEPS, device=latents.device)
         latents = latents.contiguous()  # as other nodes expect them, with `view`
         self.guider.enter_stage(latents)
-        with self.sampling.at(timestep), self.guider.inner_model.showing(self.history):
+        model = self.guider.inner_model
+        with self.sampling.at(timestep), model.showing(self.history), refusing_by_name(self.options):
             return self.guider(latents, host_sigma, {**self.options, STEP_KEY: BoundStep(self, sigma)}, self.seed)
 
 

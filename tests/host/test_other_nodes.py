@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unittest.mock
 from dataclasses import replace
 
 import comfy.samplers
@@ -212,6 +213,21 @@ def test_a_replaced_part_that_helios_does_not_have_is_refused(model):
     clone = model.clone()
     clone.add_object_patch("diffusion_model.rope_embedder.k", 3)
     with pytest.raises(ValueError, match="replaces diffusion_model.rope_embedder.k, which Helios does not have"):
+        sample(clone, QUICK)
+
+
+def test_a_function_that_looks_for_parts_of_another_network_is_refused_by_its_name(model):
+    """As TeaCache and MagCache do it."""
+
+    def wrapper(apply_model, args):
+        with unittest.mock.patch.multiple(model.model.diffusion_model, forward_orig=None):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(
+        ValueError, match=r"^test_a_function_.* changes forward_orig of a network, which Helios"
+    ):
         sample(clone, QUICK)
 
 
