@@ -225,9 +225,7 @@ def test_a_function_that_looks_for_parts_of_another_network_is_refused_by_its_na
 
     clone = model.clone()
     clone.set_model_unet_function_wrapper(wrapper)
-    with pytest.raises(
-        ValueError, match=r"^test_a_function_.* changes forward_orig of a network, which Helios"
-    ):
+    with pytest.raises(ValueError, match=r"^test_a_function_.* changes forward_orig of a network, which Helios"):
         sample(clone, QUICK)
 
 
