@@ -50,14 +50,19 @@ SOURCES: dict[str, tuple[str, dict[str, Any], int]] = {
 # Where the defaults do nothing, at least on a network of two blocks.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ApplyFBCacheOnModel": {"residual_diff_threshold": 0.1},
+    "Lora Loader Stack (rgthree)": {"lora_01": LORA},
+    "PathchSageAttentionKJ": {"sage_attention": "auto"},
+    "Power Lora Loader (rgthree)": {"lora_1": {"on": True, "lora": LORA, "strength": 1.0}},
     "SkipLayerGuidanceWanVideo": {"blocks": "0"},
 }
 WIDGETS = {"INT": 1, "FLOAT": 1.0, "STRING": "", "BOOLEAN": False}
 INTRODUCTION = """# Nodes of ComfyUI on a Helios MODEL or LATENT
 
-Every node of ComfyUI {versions} that takes a MODEL or a LATENT, with its default settings, on tiny random weights at
-128x64; behind them, nodes of other packs that take a MODEL. `python scripts/try_nodes.py` writes this page, for any
-other ComfyUI as well. Where no version is named, a node is in all of them, with the same outcome.
+Every node of ComfyUI {versions} that takes a MODEL or a LATENT, on tiny random weights at 128x64; behind them, nodes of
+other packs that take a MODEL and return one. With their default settings, but for a few that do nothing then. Where no
+version of ComfyUI is named, the outcome is the same on all that have the node.
+
+`python scripts/try_nodes.py` tries those of any ComfyUI, with `--packs` those of packs, and writes this page.
 
 - **changed**: it works, and the video is another one than without it.
 - **unchanged**: the video is the same. With its defaults the node does nothing (as merging a model with itself), or it
@@ -118,7 +123,7 @@ class Trial:
 
     def latents(self, run: Run) -> list[Tensor]:
         """What Save Latent has saved in a run: one, or where a node has made a list, all of it."""
-        files = [entry for entry in run.files() if entry["filename"].endswith(".latent")]
+        files = [entry for entries in run.outputs["save"].values() for entry in entries]
         return [load_file(self.host.output / file["subfolder"] / file["filename"])["latent_tensor"] for file in files]
 
     def with_node(self, name: str) -> dict[str, Any]:
@@ -205,7 +210,8 @@ class Trial:
             return Outcome("not tried", first_sentence(str(error).partition(": ")[2]))
         except ExecutionFailed as error:
             message = error.details.get("exception_message", str(error))
-            refused = error.details.get("exception_type") == "ValueError" and "Helios" in message  # which names itself
+            ours = re.search(r"Helios(?!Network)", message)  # our sentences name Helios, errors of Python the class
+            refused = ours and error.details.get("exception_type") == "ValueError"
             return Outcome("refused" if refused else "failed", first_sentence(message))
         except TimeoutError:
             self.host.interrupt()
@@ -243,7 +249,7 @@ def document(results: Mapping[str, Results]) -> str:
 
 
 def rows(name: str, by_version: Mapping[str, dict[str, Outcome] | None]) -> list[str]:
-    """A node's line, or one for each outcome where it is not the same on every ComfyUI."""
+    """A node's line, or one for each outcome where it is not the same on every ComfyUI, or not on all."""
     versions: dict[tuple[tuple[str, Outcome], ...], list[str]] = {}
     for version, outcomes in by_version.items():
         if outcomes is not None:
@@ -300,7 +306,8 @@ def with_version(pack: Path) -> str:
 
 def not_imported(host: Host, pack: Path) -> str | None:
     """What the host's log says of a pack that it could not import."""
-    found = re.search(rf"Cannot import \S*/{re.escape(pack.name)} module for custom nodes: (.*)", host.log.read_text())
+    said = r"(?:Cannot import|Error while calling comfy_entrypoint in) \S*/"
+    found = re.search(rf"{said}{re.escape(pack.name)}(?: module for custom nodes)?: (.*)", host.log.read_text())
     return found and re.sub(r" \(/.*?\)", "", found[1])  # without the path of a file
 
 
