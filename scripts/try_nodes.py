@@ -58,9 +58,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 WIDGETS = {"INT": 1, "FLOAT": 1.0, "STRING": "", "BOOLEAN": False}
 INTRODUCTION = """# Nodes of ComfyUI on a Helios MODEL or LATENT
 
-Every node of ComfyUI {versions} that takes a MODEL or a LATENT, on tiny random weights at 128x64; behind them, nodes of
-other packs that take a MODEL and return one. With their default settings, but for a few that do nothing then. Where no
-version of ComfyUI is named, the outcome is the same on all that have the node.
+Every node of ComfyUI {versions} that takes a MODEL or a LATENT, on tiny random weights at 128x64;
+behind them, nodes of other packs that take a MODEL and return one. With their default settings, but for a few that do
+nothing then. Where no version of ComfyUI is named, the outcome is the same on all of these.
 
 `python scripts/try_nodes.py` tries those of any ComfyUI, with `--packs` those of packs, and writes this page.
 
