@@ -1,4 +1,4 @@
-"""Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.24.
+"""Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.33.
 
 Code elsewhere calls these and asks for no version. The one function of ComfyUI that we replace is here as well.
 """
@@ -13,7 +13,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import InputImpl, io
 
 NEWER = ("search_aliases", "advanced")  # of schemas and inputs: 0.24 has them, 0.3.75 raises TypeError for them
 
@@ -22,6 +22,12 @@ NAMES_OFFERED = "helios_names_offered"  # attribute of the host's function that 
 # What a widget does after each queued run: 0.24 can be told to begin with "increment"; 0.3.75 knows only on and off
 # here, and its page then begins with "randomize".
 INCREMENT = getattr(getattr(io, "ControlAfterGenerate", None), "increment", True)
+
+# Matrix and transfer, in numbers of ITU-T H.273, of the host's own videos, which ours are to equal: where Save Video
+# knows colour spaces (0.33), BT.709's and sRGB's. Before, BT.601's matrix, of which the file does not speak; ours does,
+# with BT.709's transfer, so that frames come out alike wherever they are read.
+SAYS_COLOURS = "color_space" in inspect.signature(InputImpl.VideoFromComponents.save_to).parameters
+VIDEO_MATRIX, VIDEO_TRANSFER = (1, 13) if SAYS_COLOURS else (6, 1)
 
 
 def schema(**kwargs: Any) -> io.Schema:
@@ -96,3 +102,8 @@ def room_to_pin() -> int:
     management = comfy.model_management
     limit = getattr(management, "MAX_PINNED_MEMORY", 0) - getattr(management, "TOTAL_PINNED_MEMORY", 0)
     return max(0, int(limit))
+
+
+def noise_scale(sampling: Any) -> float:
+    """What a MODEL's model_sampling multiplies noise by: 1, but for a node of newer hosts (ModelNoiseScale of 0.33)."""
+    return float(getattr(sampling, "noise_scale", 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..host.messages import Notes
 from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, make_model
 from ..host.model.offload_patcher import WEIGHTS_IN, Offloading, offloading
 from ..host.stream.graph_key import fingerprint
+from ..host.widget_checks import found
 from .inputs import HeliosScheduleSocket, offload_inputs
 
 DTYPE_TOOLTIP = (
@@ -84,6 +86,10 @@ class HeliosModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    async def validate_inputs(cls, model_name) -> bool | str:
+        return await found(partial(find_file, "diffusion_models"), model_name)
+
+    @classmethod
     def fingerprint_inputs(cls, model_name=None, **_) -> str:
         return fingerprint(model_name)
 
@@ -126,6 +132,10 @@ class HeliosDiffusersLoader(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    async def validate_inputs(cls, folder) -> bool | str:
+        return await found(find_folder, folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder=None, **_) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from comfy_api.latest import io
 
 from ..host.compat import schema
@@ -10,6 +12,7 @@ from ..host.messages import Notes
 from ..host.model.lora import add_lora
 from ..host.sampling.inputs import check_model
 from ..host.stream.graph_key import fingerprint
+from ..host.widget_checks import found
 
 
 class HeliosLoraLoader(io.ComfyNode):
@@ -41,6 +44,10 @@ class HeliosLoraLoader(io.ComfyNode):
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    async def validate_inputs(cls, lora_name) -> bool | str:
+        return await found(partial(find_file, "loras"), lora_name)
 
     @classmethod
     def fingerprint_inputs(cls, lora_name=None, **_) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from ..host.model.offload_patcher import offloaded_clip, offloading
 from ..host.sockets.conditioning import check_conditioning
 from ..host.sockets.prompt_track import find_track, set_track
 from ..host.sockets.text_encoding import encode_prompt
+from ..host.widget_checks import found
 from .inputs import NEGATIVE, POSITIVE, offload_inputs
 
 SLOTS = (1, 2, 3, 4)
@@ -219,13 +219,7 @@ class HeliosPromptFromFile(io.ComfyNode):
 
     @classmethod
     async def validate_inputs(cls, file) -> bool | str:
-        if file is None:  # linked, not known yet
-            return True
-        try:
-            await asyncio.to_thread(read_prompts, file)  # the host's event loop serves everybody
-        except ValueError as error:
-            return str(error)
-        return True
+        return await found(read_prompts, file)
 
     @classmethod
     def fingerprint_inputs(cls, file, index) -> tuple[int, int]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.utils
 
+# Options by their keys, which tell no node: the node that sets each, and what it changes.
+MARKS = {
+    "rope_options": ("ScaleROPE", "the scale of positions"),
+    "ar_config": ("ARVideoI2V", "how another sampler begins"),
+}
+NETWORK = "HeliosNetwork"  # as errors of Python name ours
 OURS = "dit"  # the one group of replacements that `HeliosNetwork` asks, for its blocks
 
 
 def check_foreign(options: Mapping[str, Any]) -> None:
     """Raise ValueError for transformer_options that Helios would not heed."""
     for node, what in _unheeded(options):
-        raise ValueError(
-            f"{node} changes {what}, which Helios does not have: it was made for other models. Take it out of the "
-            "graph."
-        )
+        raise ValueError(_refusal(node, what))
 
 
 def check_model_options(node: str, patcher: Any) -> None:
@@ -38,6 +42,21 @@ def check_model_options(node: str, patcher: Any) -> None:
             ) from error
 
 
+@contextmanager
+def refusing_by_name(options: Mapping[str, Any]) -> Iterator[None]:
+    """Around a step: where a node's function looks for a part of the network in vain, a ValueError that names the node.
+
+    As TeaCache and its like do, for a `forward_orig`; the error that they end in shows all of the network.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        function, part = options.get("model_function_wrapper"), re.search(r"attribute '(\w+)'", str(error))
+        if function is None or part is None or NETWORK not in str(error):
+            raise
+        raise ValueError(_refusal(node_of(function), f"{part[1]} of a network")) from error
+
+
 def node_of(function: Any) -> str:
     """The class that a function or an object was made in, which for most nodes is the node's."""
     made = function if hasattr(function, "__qualname__") else type(function)
@@ -45,10 +64,13 @@ def node_of(function: Any) -> str:
     return f"{made.__qualname__.split('.')[0]} ({file})"
 
 
+def _refusal(node: str, what: str) -> str:
+    return f"{node} changes {what}, which Helios does not have: it was made for other models. Take it out of the graph."
+
+
 def _unheeded(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The node, as far as it can be told, and what it changes."""
-    if options.get("rope_options"):  # numbers, that tell no node
-        yield "ScaleROPE", "the scale of positions"
+    yield from (mark for key, mark in MARKS.items() if options.get(key))
     for name, functions in options.get("patches", {}).items():
         for function in functions:
             yield node_of(function), f"parts of a network ({name})"

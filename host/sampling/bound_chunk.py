@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.samplers
@@ -12,6 +12,7 @@ from torch import Tensor
 from ...helios_core.guidance import projection
 from ...helios_core.schedule import TRAIN_STEPS, Schedule
 from ..model.base_model import FlowSampling
+from ..model.foreign_patches import refusing_by_name
 
 if TYPE_CHECKING:
     from .guider import HeliosGuider
@@ -47,7 +48,8 @@ class BoundChunk:
         host_sigma = torch.full((latents.shape[0],), timestep / TRAIN_STEPS, device=latents.device)
         latents = latents.contiguous()  # as other nodes expect them, with `view`
         self.guider.enter_stage(latents)
-        with self.sampling.at(timestep), self.guider.inner_model.showing(self.history):
+        model = self.guider.inner_model
+        with self.sampling.at(timestep), model.showing(self.history), refusing_by_name(self.options):
             return self.guider(latents, host_sigma, {**self.options, STEP_KEY: BoundStep(self, sigma)}, self.seed)
 
 
@@ -58,21 +60,26 @@ class BoundStep:
     chunk: BoundChunk
     sigma: float  # of the stage
 
+    @property
+    def schedule(self) -> Schedule:
+        """With this step's guidance scale: a wrapper around it may have set another (CFG Override of 0.33)."""
+        return replace(self.chunk.schedule, guidance_scale=self.chunk.guider.cfg)
+
     def predict(self, x: Tensor, timestep: Tensor, options: dict[str, Any], seed: int | None) -> Tensor:
         """The guided flow at x (B, 16, 9, h, w); timestep (B,) in the host's unit."""
-        chunk = self.chunk
+        chunk, schedule = self.chunk, self.schedule
         positive, negative = chunk.conds["positive"], chunk.conds.get("negative")
         if any(options.get(hook) for hook in GUIDANCE_HOOKS):
             return self._hooked(x, timestep, positive, negative, options, seed)
-        if not chunk.schedule.guided:
+        if not schedule.guided:
             negative = None
         inner = chunk.guider.inner_model
         cond, uncond = comfy.samplers.calc_cond_batch(inner, [positive, negative], x, timestep, options)
-        return cond if negative is None else chunk.schedule.guide(cond, uncond)
+        return cond if negative is None else schedule.guide(cond, uncond)
 
     def _hooked(self, x, timestep, positive, negative, options, seed) -> Tensor:
         """Guidance by the host, with the MODEL's own functions, which think in denoised latents: there and back."""
-        schedule, sigma = self.chunk.schedule, self.sigma
+        schedule, sigma = self.schedule, self.sigma
         if schedule.guided and schedule.guidance == "cfg_zero_star":
 
             def scale_uncond(args: dict[str, Any]) -> list[Tensor]:

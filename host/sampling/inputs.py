@@ -11,6 +11,7 @@ from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
 from ...helios_core.generate import Run
 from ...helios_core.schedule import Schedule
 from ...helios_core.video import VideoStart, VideoState
+from ..compat import noise_scale
 from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
@@ -83,6 +84,11 @@ def check_sampling(
         raise ValueError(
             f"The MODEL went through {node_of(type(sampling))}, which replaces its sampling. Take that node out: the "
             "shift of Helios is part of its schedule."
+        )
+    if (scale := noise_scale(sampling)) != 1.0:
+        raise ValueError(
+            f"The MODEL went through ModelNoiseScale, which multiplies its noise by {scale:g}. Take that node out: "
+            "Helios begins with noise as it is."
         )
     for name, conditioning in (("positive", positive), ("negative", negative)):
         check_conditioning(conditioning, name)

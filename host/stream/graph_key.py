@@ -87,7 +87,9 @@ class NamedFiles:
             return
         if not text or "\0" in text:
             return
-        if facts := facts_of(Path(folder_paths.get_annotated_filepath(text))):
+        name, folder = folder_paths.annotated_filepath(text)
+        # Newer hosts (0.33) join the two only within the folder, and some nodes read a file from anywhere.
+        if facts := facts_of(Path(folder or folder_paths.get_input_directory(), name)):
             yield "input", text, facts
         for kind in sorted(folder_paths.folder_names_and_paths):
             with contextlib.suppress(ValueError):  # on Windows, of a text that begins like another drive's path

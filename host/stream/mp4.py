@@ -22,6 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
+from ..compat import VIDEO_MATRIX, VIDEO_TRANSFER
 from ..printable import printable_log
 from .plain_files import DAY, NO_ROOM, disk_errors, in_background
 
@@ -29,10 +30,8 @@ log = printable_log(__name__)
 
 PIXEL_FORMATS = {"8": "yuv420p", "10": "yuv420p10le"}
 BIT_DEPTHS = tuple(PIXEL_FORMATS)
-# The host's own videos have BT.601's matrix and limited range and do not say so; ours have the same and say so, so that
-# frames come out alike wherever they are read. Numbers of ITU-T H.273.
-PRIMARIES_BT709 = TRANSFER_BT709 = 1
-MATRIX_BT601 = 6
+PRIMARIES_BT709 = MATRIX_BT709 = 1  # of ITU-T H.273, which the file speaks; FFmpeg's scaler has numbers of its own
+SCALER_MATRIX = Colorspace.ITU709 if VIDEO_MATRIX == MATRIX_BT709 else Colorspace.ITU601
 LONGEST_SIDE = 16384  # pixels that the encoder takes
 OUR_FILE = re.compile(r"helios_[0-9a-f]{32}\.mp4(\.part)?")
 PACKET_CHECK = "The video was written, but its file holds {found} frames instead of {expected}."
@@ -139,8 +138,8 @@ class VideoFile:
         self.stream.width, self.stream.height = width, height
         self.stream.pix_fmt = PIXEL_FORMATS[self.bit_depth]
         context = self.stream.codec_context
-        context.colorspace, context.color_range = MATRIX_BT601, ColorRange.MPEG
-        context.color_primaries, context.color_trc = PRIMARIES_BT709, TRANSFER_BT709
+        context.colorspace, context.color_range = VIDEO_MATRIX, ColorRange.MPEG
+        context.color_primaries, context.color_trc = PRIMARIES_BT709, VIDEO_TRANSFER
 
     def _muxer(self) -> av.container.OutputContainer:
         return av.open(str(self.part), "w", format="mp4")
@@ -157,7 +156,7 @@ class VideoFile:
         else:
             values = (frame * 255).clamp(0, 255).to("cpu", torch.uint8).numpy()
             picture = av.VideoFrame.from_ndarray(values, format="rgb24")
-        picture = picture.reformat(format=PIXEL_FORMATS[self.bit_depth], dst_colorspace=Colorspace.ITU601)
+        picture = picture.reformat(format=PIXEL_FORMATS[self.bit_depth], dst_colorspace=SCALER_MATRIX)
         picture.pts, picture.time_base = self.frames, 1 / self.rate
         self.frames += 1
         return picture

@@ -45,6 +45,9 @@ STATE = """() => JSON.stringify({
     links: [...app.graph.links.values()].length,
 })"""
 
+INFO = "button[aria-label^='Info for ']"
+UNFOLDED = f"{INFO}, [data-testid='error-card-copy']"
+
 ONLY_GRAPH = "* { visibility: hidden } canvas, .dom-widget, .dom-widget * { visibility: visible !important }"
 
 GRAPH_BOX = """() => { const {scale, offset} = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect()
@@ -135,6 +138,19 @@ class Page:
     def run(self, timeout: float = 60_000) -> dict[str, Any]:
         """Queue the graph and wait (ms) for its end: {"kind": "execution_success" | "rejected" | ..., "detail"}."""
         return dict(json.loads(self.page.evaluate(RUN, timeout)))
+
+    def unfold_error(self) -> None:
+        """Have all of an error shown: newer pages (1.49) keep it behind "View details" and an info button."""
+        details = self.page.get_by_test_id("error-overlay-see-errors")
+        details.or_(self.page.get_by_role("dialog")).first.wait_for()
+        if details.count():
+            details.click()
+            self.page.locator(UNFOLDED).first.wait_for()
+            for button in self.page.locator(INFO).all():
+                button.click()
+
+    def error_is_unfolded(self) -> bool:
+        return self.page.locator(UNFOLDED).count() > 0
 
     def picture(self, target: Path) -> None:
         """Screenshot of the graph without the page around it, as the suffix of `target` says (.jpg or .png)."""

@@ -26,6 +26,7 @@ from faults.verdict import flaw
 
 GOOD, SPOILT = "Helios-Good", "Helios-Spoilt"  # folders below models/diffusers
 SIZE = 64  # pixels
+CACHE = {"ram": 0, "ram_inactive": 0}  # of the host; newer ones (0.33) ask for the second
 Graph = dict[str, dict[str, Any]]
 
 
@@ -138,7 +139,7 @@ def run(graph: Graph, results: dict[str, tuple[str, int]], cancel_after: float |
     valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt(prompt_id, graph, None))
     if not valid:
         return _refused(error, node_errors)
-    executor = execution.PromptExecutor(Server(), cache_type=execution.CacheType.CLASSIC, cache_args={"ram": 0})
+    executor = execution.PromptExecutor(Server(), cache_type=execution.CacheType.CLASSIC, cache_args=CACHE)
     timer = threading.Timer(cancel_after or 0, comfy.model_management.interrupt_current_processing)
     if cancel_after is not None:
         timer.start()

@@ -8,6 +8,7 @@ import av
 import pytest
 import torch
 
+from comfyui_helios.host.compat import VIDEO_MATRIX
 from comfyui_helios.host.stream.live_file import LiveFile
 
 CHUNK = 33
@@ -63,7 +64,7 @@ def test_the_finished_file_is_a_plain_one_of_the_same_pictures(tmp_path, bit_dep
     with av.open(str(target)) as container:
         video = container.streams.video[0]
         assert (video.frames, video.average_rate) == (2 * CHUNK, Fraction(23976, 1000))
-        assert (int(video.codec_context.colorspace), int(video.codec_context.color_range)) == (6, 1)
+        assert (int(video.codec_context.colorspace), int(video.codec_context.color_range)) == (VIDEO_MATRIX, 1)
     shown = decoded(data)
     assert len(shown) == 2 * CHUNK
     for (moment, picture), (expected_moment, expected) in zip(shown, watched, strict=False):

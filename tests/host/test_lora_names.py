@@ -104,6 +104,14 @@ def test_wan_fun_files_without_the_mark_by_which_the_host_knows_them(model, tmp_
 
 
 @pytest.mark.parametrize("name", ["Helios' training", "Wan's own", "musubi"])
+def test_a_lora_beside_the_weights_equals_merging_by_hand(model, by_hand, name):
+    """As Load LoRA (Bypass) of newer hosts (0.33) applies it: added to what each layer returns."""
+    load = getattr(comfy.sd, "load_bypass_lora_for_models", None) or pytest.skip("this host only merges")
+    patched, _ = load(model, None, in_layout(LAYOUTS[name], matrices(), 1.0), STRENGTH, 0.0)
+    assert difference(sample(patched, QUICK)["samples"], by_hand[1.0]) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["Helios' training", "Wan's own", "musubi"])
 def test_lora_hooks_know_the_layouts(model, by_hand, name):
     hooks = comfy.hooks.create_hook_lora(in_layout(LAYOUTS[name], matrices()), STRENGTH, 0.0)
     positive, negative = oracle.prompts()

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from comfy_api.latest import InputImpl
+from comfy_api.latest import InputImpl, Types
 
 from comfyui_helios.host.stream import mp4
 from comfyui_helios.host.stream.mp4 import VideoFile, check_target
@@ -27,14 +27,30 @@ def test_the_file_says_what_it_is(tmp_path, bit_depth, pixel_format, colours, er
         video = container.streams.video[0]
         assert (video.codec.name, video.pix_fmt, video.frames) == ("h264", pixel_format, 5)
         assert (video.width, video.height, video.average_rate) == (1024, 64, Fraction(23976, 1000))
-        context = video.codec_context
-        tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
-        assert tuple(map(int, tags)) == (6, 1, 1, 1)  # BT.601's matrix; primaries, transfer of BT.709; limited range
         pictures = list(container.decode(video))
         seen = pictures[0].to_ndarray(format="gbrpf32le")
     assert colours / 2 < len(np.unique(pictures[0].to_ndarray()[:64])) <= colours
     assert [picture.pts * picture.time_base for picture in pictures] == [Fraction(i * 1000, 23976) for i in range(5)]
     assert np.abs(seen - ramp[0].numpy()).max() < error
+
+
+def colour_tags(path):
+    """Matrix, primaries, transfer and range, in numbers of ITU-T H.273."""
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        tags = (context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+        return tuple(map(int, tags))
+
+
+def test_the_file_says_the_colours_of_the_hosts_own_videos(tmp_path):
+    images = torch.rand(5, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    theirs = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, frame_rate=Fraction(24)))
+    theirs.save_to(str(tmp_path / "theirs.mp4"))
+    file = VideoFile(tmp_path, 24, 18, "8")
+    file.write(images)
+    said = colour_tags(tmp_path / "theirs.mp4")
+    silent = said == (2, 2, 2, 0)  # older hosts do not say that theirs have BT.601's matrix; test_stream.py shows it
+    assert colour_tags(file.finish()) == ((6, 1, 1, 1) if silent else said)
 
 
 def test_colours_come_back(tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import unittest.mock
 from dataclasses import replace
 
 import comfy.samplers
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode, WanContextWindowsManualNode
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
@@ -113,6 +115,31 @@ def test_functions_of_the_model_are_given_contiguous_latents(model, schedule, si
 
 
 @EACH_SCHEDULE
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_guidance_scale_that_a_wrapper_sets_counts(model, schedule, hooked, scale):
+    """As CFG Override does it; `hooked`: beside a node with a guidance function of its own."""
+
+    def override(executor, *args, **kwargs):
+        guider, given = executor.class_obj, executor.class_obj.cfg
+        guider.cfg = scale
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.cfg = given
+
+    clone = model.clone()
+    if hooked:
+        clone.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    schedule = replace(schedule, zero_init=False)
+    expected = sample(clone, replace(schedule, guidance_scale=scale), SIZE)["samples"]
+    clone = clone.clone()
+    clone.add_wrapper(WrappersMP.PREDICT_NOISE, override)
+    found = sample(clone, replace(schedule, guidance_scale=2.0), SIZE)["samples"]
+    assert torch.equal(found, expected)
+
+
+@EACH_SCHEDULE
 def test_perp_neg_asks_with_a_prompt_of_its_own(model, schedule):
     """With the negative prompt for the empty one nothing is perpendicular: what is left is plain guidance."""
     _, negative = oracle.prompts()
@@ -139,6 +166,22 @@ def at_defaults(node, model, **given):
     return node.execute(**{**values, "model": model, **given})
 
 
+def with_start_image(model):
+    """As ARVideoI2V of newer hosts (0.33) leaves a model."""
+    clone = model.clone()
+    clone.model_options["transformer_options"]["ar_config"] = {"initial_latent": torch.zeros(1)}
+    return io.NodeOutput(clone)
+
+
+def with_noise_scale(model):
+    """As ModelNoiseScale of newer hosts (0.33) leaves a model."""
+    clone = model.clone()
+    sampling = type(model.get_model_object("model_sampling"))(model.model.model_config)
+    sampling.noise_scale = 8.0
+    clone.add_object_patch("model_sampling", sampling)
+    return io.NodeOutput(clone)
+
+
 REFUSED = {
     "context windows": (lambda m: at_defaults(ContextWindowsManualNode, m, dim=2)),
     "context windows of 5": (lambda m: at_defaults(WanContextWindowsManualNode, m, context_length=5)),
@@ -146,6 +189,8 @@ REFUSED = {
     "HyperTile": (lambda m: io.NodeOutput(*HyperTile.execute(m, 256, 2, 0, False))),  # a tuple, on this host
     "TomePatchModel": (lambda m: TomePatchModel.execute(m, 0.3)),
     "SelfAttentionGuidance": (lambda m: SelfAttentionGuidance.execute(m, 0.5, 2.0)),
+    "ARVideoI2V": with_start_image,
+    "ModelNoiseScale": with_noise_scale,
 }
 NAMES = {"context windows of 5": "IndexListContextHandler", "context windows": "IndexListContextHandler"}
 
@@ -168,6 +213,19 @@ def test_a_replaced_part_that_helios_does_not_have_is_refused(model):
     clone = model.clone()
     clone.add_object_patch("diffusion_model.rope_embedder.k", 3)
     with pytest.raises(ValueError, match="replaces diffusion_model.rope_embedder.k, which Helios does not have"):
+        sample(clone, QUICK)
+
+
+def test_a_function_that_looks_for_parts_of_another_network_is_refused_by_its_name(model):
+    """As TeaCache and MagCache do it."""
+
+    def wrapper(apply_model, args):
+        with unittest.mock.patch.multiple(model.model.diffusion_model, forward_orig=None):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(ValueError, match=r"^test_a_function_.* changes forward_orig of a network, which Helios"):
         sample(clone, QUICK)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,11 +45,23 @@ def test_a_node_is_tried(server: Host, info: dict[str, Any], script: Any, name: 
     assert outcome.said.startswith(said) and bool(outcome.said) == bool(said)
 
 
-def test_the_page_has_every_node_of_the_host_it_names(server: Host, info: dict[str, Any], script: Any) -> None:
+def test_the_page_has_every_node_of_the_hosts_it_names(server: Host, info: dict[str, Any], script: Any) -> None:
     page = script.DOCUMENT.read_text(encoding="utf-8")
     version = server.get("/system_stats")["system"]["comfyui_version"]
-    if f"ComfyUI {version} " not in page:
-        pytest.skip("the page is of another ComfyUI")
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
-    assert sorted(row for row in rows if row != "node") == script.candidates(info)
+    if not re.search(rf"ComfyUI [^|]*\b{re.escape(version)} ", page):
+        pytest.skip("the page is of other ComfyUIs")
+    for title, names in script.candidates(info).items():
+        table = page.partition(f"## {title}\n")[2].partition("\n## ")[0]
+        rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+        assert sorted(row[0].removeprefix("| ") for row in rows if row[1] in ("", version)) == names
     assert str(ROOT) not in page
+
+
+def test_a_node_has_a_line_for_each_outcome(script: Any) -> None:
+    changed, failed = ({variant: script.Outcome(word) for variant in script.VARIANTS} for word in ("changed", "failed"))
+    assert script.rows("A", {"0.3": changed, "0.24": changed, "0.33": changed}) == ["| A |  | changed | changed |  |\n"]
+    assert script.rows("A", {"0.3": changed, "0.24": failed, "0.33": changed}) == [
+        "| A | 0.3, 0.33 | changed | changed |  |\n",
+        "| A | 0.24 | failed | failed |  |\n",
+    ]
+    assert script.rows("A", {"0.3": None, "0.24": failed}) == ["| A | 0.24 | failed | failed |  |\n"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 
@@ -9,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from harness.browser import open_page, write_settings
-from harness.client import ExecutionFailed, run_workflow
+from harness.client import PromptRejected, RunError, run_workflow
 from harness.host import Host
 from harness.models import make_tiny_models
 
@@ -95,10 +96,40 @@ UNENCODABLE = {
 
 @pytest.mark.parametrize("node", UNENCODABLE.values(), ids=UNENCODABLE)
 def test_text_that_cannot_be_encoded_is_told_and_the_next_graph_runs(host, node):
-    with pytest.raises(ExecutionFailed, match=r"caf\\ud800|caf\\udce9") as caught:
+    with pytest.raises(RunError, match=r"caf\\ud800|caf\\udce9") as caught:
         run_workflow(host.url, shown(node), timeout=30)
     str(caught.value).encode()
     assert run_workflow(host.url, shown(prompt(1)), timeout=30).outputs
+
+
+LORA = {
+    "class_type": "HeliosLoraLoader",
+    "inputs": {"model": ["2", 0], "lora_name": "none.safetensors", "strength": 1.0},
+}
+NOT_THERE = {
+    "a model": (
+        load_model("none.safetensors"),
+        "There is no model 'none.safetensors' in models/diffusion_models. Put it",
+    ),
+    "a folder": (
+        load_folder("Helios-None"),
+        "Put a copy of the repository there, such as BestWishYsh/Helios-Distilled",
+    ),
+    "a LoRA": (LORA, "There is no LoRA 'none.safetensors' in models/loras. Put it there"),
+    "a prompt file": (prompt(0, "none.txt"), "Put a .txt file with one prompt per line there"),
+}
+
+
+@pytest.mark.parametrize("node, message", NOT_THERE.values(), ids=NOT_THERE)
+def test_a_file_that_is_not_there_is_told_before_a_node_runs_and_in_our_words(host, node, message):
+    """Newer hosts (0.24) have words of their own for it, which do not say what to do."""
+    graph = {
+        "1": node,
+        "2": load_folder("Helios-Mid"),
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    with pytest.raises(PromptRejected, match=re.escape(message)):
+        run_workflow(host.url, graph, timeout=30)
 
 
 def test_no_list_of_options_holds_what_the_page_cannot_show(host):
@@ -122,6 +153,8 @@ def opened(browser, host):
 @pytest.fixture
 def page(opened):
     """The page without a graph and without a message."""
+    if opened.error_is_unfolded():  # it stays there
+        opened.open()
     opened.page.keyboard.press("Escape")
     opened.page.evaluate("() => { app.graph.clear(); LiteGraph.closeAllContextMenus() }")
     opened.page.wait_for_function("() => !document.querySelector('[role=dialog], .litecontextmenu')")
@@ -147,7 +180,8 @@ IN_THE_PAGE = {
 def test_text_is_shown_as_text_and_nothing_of_it_runs(page, graph, text):
     assert text not in page.page.inner_text("body")
     page.load_api(graph)
-    page.run()
+    if page.run()["kind"] != "execution_success":
+        page.unfold_error()
     page.page.wait_for_function("text => document.body.innerText.includes(text)", arg=text, timeout=10_000)
     page.page.wait_for_timeout(200)  # an image that cannot be loaded says so a moment later
     assert page.page.evaluate("window.ran") is None
