@@ -8,8 +8,7 @@ import pytest
 
 from harness.small import ROOT, WORKFLOWS
 
-# Who loads a model, and the folder it is in: one that is downloaded as it is has an address in the node, any other is in
-# the workflow's note.
+# Who loads a model, and its folder. One that is downloaded as it is has an address in the node, any other a note.
 ADDRESSED = {"CLIPLoader": "text_encoders", "VAELoader": "vae"}
 NOTED = {
     "HeliosDiffusersLoader": "models/diffusers",
