@@ -1,36 +1,32 @@
-"""What a workflow of ours tells a page that has not all of it: the packs of its nodes, and its models' addresses."""
+"""What our workflows tell a page beside the graph: packs, addresses of models, an app; and the blueprints of them."""
 
-import json
 import re
 import runpy
 
 import pytest
 
-from harness.small import ROOT, WORKFLOWS
+from harness.small import ROOT, WORKFLOWS, read_workflow
 
 # Who loads a model, and its folder. One that is downloaded as it is has an address in the node, any other a note.
 ADDRESSED = {"CLIPLoader": "text_encoders", "VAELoader": "vae"}
 NOTED = {
-    "HeliosDiffusersLoader": "models/diffusers",
-    "HeliosModelLoader": "models/diffusion_models",
-    "UpscaleModelLoader": "models/upscale_models",
+    "HeliosDiffusersLoader": "diffusers",
+    "HeliosModelLoader": "diffusion_models",
+    "UpscaleModelLoader": "upscale_models",
 }
-STAMP = runpy.run_path(str(ROOT / "scripts" / "stamp_workflows.py"))
-FILES = [path.relative_to(ROOT).as_posix() for path in STAMP["workflow_files"]()]
+STAMPED = runpy.run_path(str(ROOT / "scripts" / "stamp_workflows.py"))["stamped"]
+BLUEPRINTS = runpy.run_path(str(ROOT / "scripts" / "make_blueprints.py"))
+FILES = [path.stem for path in WORKFLOWS]
 
 
 def nodes(name):
-    return list(STAMP["all_nodes"](json.loads((ROOT / name).read_text(encoding="utf-8"))))
-
-
-def test_all_workflows_are_looked_at():
-    assert {path.relative_to(ROOT).as_posix() for path in WORKFLOWS} <= set(FILES)
+    return read_workflow(name)["nodes"]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_node_tells_its_pack_and_version(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert text == STAMP["stamped"](text), "run `python scripts/stamp_workflows.py`"
+    text = (ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")
+    assert text == STAMPED(text), "run `python scripts/stamp_workflows.py`"
     told = {node["properties"].get("cnr_id") for node in nodes(name) if node["type"].startswith("Helios")}
     assert told == {"helios-video"}
 
@@ -47,3 +43,24 @@ def test_a_model_that_can_be_downloaded_has_its_address_and_every_other_one_a_no
             assert re.fullmatch(rf"https://huggingface\.co/.+/resolve/main/.+/{re.escape(model['name'])}", model["url"])
         else:
             assert NOTED[node["type"]] in notes, f"no note says where {node['type']} finds its model"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_note_can_be_read_on_its_yellow_node(name):
+    """Nodes 2.0 (1.49) writes `code` within a line in blue on blue there; a block of code is white."""
+    notes = [node["widgets_values"][0] for node in nodes(name) if node["type"] == "MarkdownNote"]
+    assert [note for note in notes if "`" in re.sub(r"```.*?```", "", note, flags=re.DOTALL)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_workflow_is_an_app_too(name):
+    app = read_workflow(name)["extra"]["linearData"]
+    kinds = {node["id"]: node["type"] for node in nodes(name)}
+    assert [kinds[node] for node in app["outputs"]] == ["SaveVideo"]
+    assert {"width", "height", "seed"} <= {widget for _, widget in app["inputs"]}
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS["BLUEPRINTS"], ids=lambda blueprint: blueprint.name)
+def test_a_blueprint_is_that_of_its_workflow(blueprint):
+    text = (ROOT / "subgraphs" / f"{blueprint.name}.json").read_text(encoding="ascii")
+    assert text == BLUEPRINTS["made"](blueprint), "run `python scripts/make_blueprints.py`"
