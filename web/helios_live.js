@@ -3,35 +3,12 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { feed } from "./helios_feed.js"
+import { say } from "./helios_words.js"
 
 const NODE = "HeliosStreamVideo"
 const POLL = 1000 // milliseconds
 const HEIGHT = 240 // pixels
 const LATE = 2 // chunks; who comes later begins with the newest one
-
-const ENGLISH = {
-    video: "The video while it is made",
-    running: "Live",
-    finished: "Finished",
-    stopped: "Stopped before the end",
-    numbers: (made, all) => `${made} of ${all} frames`,
-    buffered: seconds => `${seconds} s buffered`,
-    speed: (chunks, times) => `${chunks} chunks/s, ${times} × real time`,
-}
-const CHINESE = {
-    video: "生成中的视频",
-    running: "直播",
-    finished: "已完成",
-    stopped: "提前停止",
-    numbers: (made, all) => `${made} / ${all} 帧`,
-    buffered: seconds => `已缓冲 ${seconds} 秒`,
-    speed: (chunks, times) => `${chunks} 块/秒，实时的 ${times} 倍`,
-}
-
-function words() {
-    const locale = app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? navigator.language
-    return String(locale).startsWith("zh") ? CHINESE : ENGLISH
-}
 
 /**
  * Every player with its node's ids for the server, where those of the subgraphs around it come first: more than one
@@ -61,7 +38,7 @@ class Player {
         this.feeding = null // what ends the request of MediaSource
         this.video = document.createElement("video")
         Object.assign(this.video, { muted: true, controls: true, playsInline: true })
-        this.video.setAttribute("aria-label", words().video)
+        this.video.setAttribute("aria-label", say("video"))
         this.video.style.cssText = "width: 100%; flex: 1; min-height: 0; background: black; border-radius: 4px"
         this.video.addEventListener("ended", () => this.playFinished())
         this.video.addEventListener("error", () => this.playFinished())
@@ -157,13 +134,12 @@ class Player {
 
     tell() {
         const { state, written, frames, rate, fps, chunk_frames } = this.session
-        const text = words()
-        if (this.state.textContent !== text[state]) this.state.textContent = text[state]
-        const parts = ["", text.numbers(written, frames)]
+        if (this.state.textContent !== say(state)) this.state.textContent = say(state)
+        const parts = ["", say("written", { written, frames })]
         const { buffered, currentTime } = this.video
         if (state === "running" && buffered.length)
-            parts.push(text.buffered(Math.max(0, buffered.end(buffered.length - 1) - currentTime).toFixed(1)))
-        if (rate) parts.push(text.speed((rate / chunk_frames).toFixed(2), (rate / fps).toFixed(2)))
+            parts.push(say("buffered", { seconds: Math.max(0, buffered.end(buffered.length - 1) - currentTime).toFixed(1) }))
+        if (rate) parts.push(say("speed", { chunks: (rate / chunk_frames).toFixed(2), times: (rate / fps).toFixed(2) }))
         this.numbers.textContent = parts.join(" · ")
     }
 
