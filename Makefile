@@ -49,7 +49,7 @@ help:
 	@echo "                    FRESH=1                                run what is finished, too"
 	@echo "                    TINY=1                                 rehearse on toy sizes, on any machine"
 	@echo "make gpu-summary  its table, from the files that are there"
-	@echo "make pictures     the workflows' pictures anew, from runs of Helios-Tiny in the page"
+	@echo "make pictures     the pictures of workflows and help pages anew, from runs of Helios-Tiny in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
 	@echo "make clean        remove what was built, and the environment if make setup has made it"
 
@@ -120,6 +120,7 @@ bench-memory-gpu:
 
 pictures: setup
 	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
+	@$(PY) scripts/draw_help.py
 
 bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py

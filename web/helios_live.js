@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { feed } from "./helios_feed.js"
-import { say } from "./helios_words.js"
+import { words } from "./helios_words.js"
 
 const NODE = "HeliosStreamVideo"
 const POLL = 1000 // milliseconds
@@ -38,7 +38,7 @@ class Player {
         this.feeding = null // what ends the request of MediaSource
         this.video = document.createElement("video")
         Object.assign(this.video, { muted: true, controls: true, playsInline: true })
-        this.video.setAttribute("aria-label", say("video"))
+        this.video.setAttribute("aria-label", words().video)
         this.video.style.cssText = "width: 100%; flex: 1; min-height: 0; background: black; border-radius: 4px"
         this.video.addEventListener("ended", () => this.playFinished())
         this.video.addEventListener("error", () => this.playFinished())
@@ -134,12 +134,13 @@ class Player {
 
     tell() {
         const { state, written, frames, rate, fps, chunk_frames } = this.session
-        if (this.state.textContent !== say(state)) this.state.textContent = say(state)
-        const parts = ["", say("written", { written, frames })]
+        const text = words()
+        if (this.state.textContent !== text[state]) this.state.textContent = text[state]
+        const parts = ["", text.numbers(written, frames)]
         const { buffered, currentTime } = this.video
         if (state === "running" && buffered.length)
-            parts.push(say("buffered", { seconds: Math.max(0, buffered.end(buffered.length - 1) - currentTime).toFixed(1) }))
-        if (rate) parts.push(say("speed", { chunks: (rate / chunk_frames).toFixed(2), times: (rate / fps).toFixed(2) }))
+            parts.push(text.buffered(Math.max(0, buffered.end(buffered.length - 1) - currentTime).toFixed(1)))
+        if (rate) parts.push(text.speed((rate / chunk_frames).toFixed(2), (rate / fps).toFixed(2)))
         this.numbers.textContent = parts.join(" · ")
     }
 

@@ -8,12 +8,18 @@ const locales = await api // of all packs, by language
     .then(response => response.json())
     .catch(() => ({})) // the page then has words of no pack
 
-/** The words at this key, with its {names} filled in; those of another language where this one has none. */
-export function say(key, values = {}) {
+/** All of it: plain words by their key, and as functions what has {names} in it. */
+export function words() {
     const language = String(app.extensionManager?.setting?.get("Comfy.Locale") ?? navigator.language)
-    const known = [language, language.split("-")[0], "en"].map(name => locales[name]?.helios?.[key])
-    const text = known.find(words => words !== undefined) ?? key
-    return text.replace(/\{(\w+)\}/g, (_, name) => values[name])
+    const texts = Object.assign({}, ...["en", language.split("-")[0], language].map(name => locales[name]?.helios))
+    const filled = (key, values) => texts[key]?.replace(/\{(\w+)\}/g, (_, name) => values[name])
+    return {
+        ...texts,
+        numbers: (made, all) => filled(all === null ? "made" : "numbers", { made, all }),
+        buffered: seconds => filled("buffered", { seconds }),
+        speed: (chunks, times) => filled("speed", { chunks, times }),
+        applied: (after, transition) => filled("applied", { after, transition: Math.max(1, transition) }),
+    }
 }
 
 /** The page's own translations, which it shows to nobody (vue-i18n, provided to its components by a symbol). */

@@ -1,4 +1,4 @@
-"""All words that people see are there in each language: nodes, what our JavaScript says, and the help pages."""
+"""All words that people see are there in each language: nodes, what our JavaScript says, and whole help pages."""
 
 import json
 import re
@@ -61,10 +61,10 @@ def test_no_words_of_a_node_are_read_as_a_formula(language):
 @pytest.mark.parametrize("script", SCRIPTS, ids=[path.name for path in SCRIPTS])
 def test_what_javascript_says_is_in_the_locales(script):
     text = script.read_text(encoding="utf-8")
-    keys = re.findall(r'\bsay\("(\w+)"', text)
+    said = re.findall(r"\bwords\(\)\.(\w+)", text) + re.findall(r'\bfilled\([^"]*"(\w+)"', text)
     english = read("en", "main.json")
-    assert [key for key in keys if f"helios.{key}" not in english] == [], "add them to locales/*/main.json"
-    assert NOT_ASCII.findall(text) == [], 'move these words to locales/*/main.json, under "helios": say("key")'
+    assert [key for key in said if f"helios.{key}" not in english] == [], "add them to locales/*/main.json"
+    assert NOT_ASCII.findall(text) == [], 'put these words into locales/*/main.json, under "helios": words().key'
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -77,3 +77,17 @@ def test_a_help_page_is_there_in_each_language(node, language):
     assert headings.findall(theirs) == headings.findall(english)
     files = re.compile(r"!\[[^\]]*\]\(([^)]+)\)|`((?:scripts|output|models)/[^`]+)`")
     assert files.findall(theirs) == files.findall(english)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_help_page_has_a_picture_all_inputs_and_three_mistakes(node):
+    text = (HELP / f"{node}.md").read_text(encoding="utf-8")
+    title, _, picture, *_ = text.splitlines()
+    assert title == f"# {NODES[node]['display_name']}"
+    assert re.fullmatch(rf"!\[.+\]\(pictures/{node}\.webp\)", picture)
+    assert 2_000 < (HELP / "pictures" / f"{node}.webp").stat().st_size < 60_000
+    inputs = {re.sub(r"[2-9]$", "1", name) for name in NODES[node]["inputs"]}  # "prompt_1 to prompt_4"
+    assert {name for name in inputs if not re.search(rf"\b{name}\b", text)} == set()
+    mistakes = text.partition("## Usual mistakes")[2].strip().splitlines()
+    assert len(mistakes) == 3
+    assert [line for line in mistakes if not re.match(r"- \*\*.+\*\*", line)] == []
