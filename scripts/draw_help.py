@@ -24,7 +24,7 @@ TARGET = ROOT / "web" / "docs" / "pictures"
 WIDTH, GAP = 440, 6  # pixels of a picture, and between its parts
 EVENLY = (0, 24, 49, 74, 98)
 ONE_CHUNK = (0, 8, 16, 24, 32)
-SEAM = (31, 32, 33, 34, 35)
+SEAM = (27, 30, 33, 36, 39)
 BALL = "A small red ball circles counterclockwise on a black background."
 FOX = "A red fox trots through a snowy birch forest at sunrise."
 
@@ -61,7 +61,7 @@ INSERT = """([kind, behind]) => {
     const before = app.graph.nodes.find(node => node.type === behind)
     const node = LiteGraph.createNode(kind)
     app.graph.add(node)
-    node.pos = [before.pos[0] + 10, before.pos[1] + 600]
+    node.pos = [before.pos[0], 2000]  // below all others
     const type = node.outputs[0].type, slot = before.outputs.findIndex(output => output.type === type)
     const next = app.graph.nodes.find(other => other !== node && other.inputs?.some(input => input.link !== null
         && app.graph.getLink(input.link).origin_id === before.id && input.type === type))
@@ -77,7 +77,9 @@ SHOW = """kind => {
     app.canvas.ds.offset = [400 - node.pos[0], 150 - node.pos[1]]
     app.canvas.setDirty(true, true)
     const canvas = app.canvas.canvas.getBoundingClientRect()
-    return [canvas.x + 400, canvas.y + 150, node.size[0], Math.min(node.size[1], node.computeSize()[1] + 20)]
+    const shown = (node.widgets ?? []).filter(widget => node.isWidgetVisible(widget))
+    const bottom = Math.max(...shown.map(widget => widget.y + (widget.computedHeight ?? 24)))
+    return [canvas.x + 400, canvas.y + 150, node.size[0], Math.min(node.size[1], bottom + 16)]
 }"""
 
 
