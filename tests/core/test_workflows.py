@@ -41,7 +41,7 @@ def test_a_model_that_can_be_downloaded_has_its_address_and_every_other_one_a_no
             [model] = node["properties"]["models"]
             assert (model["name"], model["directory"]) == (node["widgets_values"][0], folder)
             assert re.fullmatch(rf"https://huggingface\.co/.+/resolve/main/.+/{re.escape(model['name'])}", model["url"])
-        else:
+        elif not node["widgets_values"][0].startswith("Helios-Tiny"):  # which comes with the pack
             assert NOTED[node["type"]] in notes, f"no note says where {node['type']} finds its model"
 
 
