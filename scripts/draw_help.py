@@ -79,7 +79,7 @@ SHOW = """kind => {
     const canvas = app.canvas.canvas.getBoundingClientRect()
     const shown = (node.widgets ?? []).filter(widget => node.isWidgetVisible(widget))
     const bottom = Math.max(...shown.map(widget => widget.y + (widget.computedHeight ?? 24)))
-    return [canvas.x + 400, canvas.y + 150, node.size[0], Math.min(node.size[1], bottom + 16)]
+    return [canvas.x + 400, canvas.y + 150, node.size[0], Math.min(node.size[1], Math.max(bottom + 16, node.computeSize()[1]))]
 }"""
 
 
