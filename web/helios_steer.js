@@ -3,8 +3,10 @@
 import { api } from "../../scripts/api.js"
 import { words } from "./helios_words.js"
 
-const BOX = 100 // pixels of the prompt with its line
-const LINE = 28 // pixels of "finish" alone, and of what was applied
+const BOX = 64 // pixels of the prompt
+const LINE = 28 // pixels of the line below it
+const ENTRY = 20 // pixels of what was applied
+const LINES = 2 // of those that are seen without scrolling
 
 function make(tag, style, fields = {}) {
     const element = Object.assign(document.createElement(tag), fields)
@@ -16,6 +18,7 @@ function make(tag, style, fields = {}) {
 export class Steering {
     constructor() {
         this.session = null
+        this.answer = null // why the server did not take what was asked for
         const text = words()
         const field = "background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #444)"
         this.prompt = make("textarea", `${field}; width: 100%; height: 56px; resize: none; box-sizing: border-box`)
@@ -36,7 +39,7 @@ export class Steering {
         this.link = make("a", "", { textContent: text.prompts, download: "" })
         this.line = make("div", "display: flex; gap: 6px; align-items: center; padding: 2px")
         this.line.append(this.transition, this.applyButton, this.finishButton, this.state, this.link)
-        this.applied = make("ol", "margin: 0; padding: 0 2px; list-style: none; overflow-y: auto; max-height: 56px")
+        this.applied = make("ol", `margin: 0; padding: 0 2px; list-style: none; overflow-y: auto; max-height: ${LINES * ENTRY}px`)
         this.element = make("div", "flex: none", { className: "helios-steering" })
         this.element.append(this.prompt, this.line, this.applied)
         this.height = 0 // pixels that are needed
@@ -50,6 +53,7 @@ export class Steering {
 
     async ask(what) {
         const { id } = this.session
+        this.answer = null
         let answer = words().failed
         try {
             const response = await api.fetchApi(`/helios/live/${id}`, {
@@ -64,33 +68,44 @@ export class Steering {
             }
             answer = await response.text()
         } catch {} // the server is gone: it says so
-        this.say(answer)
+        this.answer = answer
+        this.show(this.session)
     }
 
     /** The prompts are text that anybody may have sent: they are shown as text. */
     show(session) {
+        if (session?.id !== this.session?.id) this.answer = null
         this.session = session
         const { prompts, endless, finishing, waiting, refusal, applied } = session?.steering ?? { applied: [] }
         const running = session?.state === "running"
-        const shown = (element, yes) => (element.style.display = yes ? "" : "none")
+        const shown = (element, yes, how = "") => (element.style.display = yes ? how : "none")
         for (const element of [this.prompt, this.transition, this.applyButton]) shown(element, running && prompts)
         shown(this.finishButton, running && endless)
         this.finishButton.disabled = finishing
         this.finishButton.textContent = finishing ? words().finishing : words().finish
         shown(this.link, session?.file && applied.length)
         if (session) this.link.href = api.apiURL(`/helios/live/${session.id}.json`)
-        this.say(running ? (waiting ? words().waiting : (refusal ?? "")) : "")
+        this.say(running ? (this.answer ?? (waiting ? words().waiting : (refusal ?? ""))) : "")
+        this.list(applied)
+        const asks = running && (prompts || endless)
+        shown(this.line, asks || applied.length, "flex")
+        this.height = (running && prompts ? BOX : 0) + (asks || applied.length ? LINE : 0)
+        this.height += Math.min(LINES, applied.length) * ENTRY
+    }
+
+    /** The newest first; made anew only where there is a new one, so that one can read and scroll. */
+    list(applied) {
+        const lines = [...applied]
+            .reverse()
+            .map(({ after_chunk, prompt, transition }) => words().applied(after_chunk, transition) + prompt)
+        if (lines.join("\n") === [...this.applied.children].map(entry => entry.title).join("\n")) return
         this.applied.replaceChildren(
-            ...[...applied].reverse().map(({ after_chunk, prompt, transition }) => {
+            ...lines.map(line => {
                 const entry = make("li", "overflow: hidden; text-overflow: ellipsis; white-space: nowrap")
-                entry.textContent = entry.title = words().applied(after_chunk, transition) + prompt
+                entry.textContent = entry.title = line
                 return entry
             }),
         )
-        const lines = Math.min(2, applied.length) + (running && !prompts && endless ? 1 : 0)
-        this.height = (running && prompts ? BOX : 0) + lines * LINE
-        shown(this.element, this.height > 0)
-        this.line.style.display = this.height ? "flex" : "none"
     }
 
     /** Is read out, so it is written only where it is new. */

@@ -104,6 +104,7 @@ def start(page, **values):
     page.page.wait_for_function("document.querySelector('.helios-live video')?.currentTime > 0", timeout=180_000)
 
 
+@pytest.mark.timeout(900)  # with a restart of the server
 @pytest.mark.browser
 def test_a_prompt_from_the_box_takes_over_finish_ends_it_and_a_server_that_dies_shows(browser, open_host):
     with open_page(browser, open_host.url) as page:
