@@ -161,6 +161,7 @@ def read_slowly(url, enough):
             pass
 
 
+@pytest.mark.timeout(300 + 2 * CHUNKS)
 def test_soak_a_long_steered_run_takes_no_more_memory_than_a_short_one(open_host):
     """Watched by one who reads all, one who is slow, and one who leaves; prompts come all the time."""
     api = small_api("helios_stream", dict(open_host.get("/object_info")), frames=33 * CHUNKS, resume=False, seed=1)
