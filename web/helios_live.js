@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { feed } from "./helios_feed.js"
+import { Steering } from "./helios_steer.js"
 import { words } from "./helios_words.js"
 
 const NODE = "HeliosStreamVideo"
@@ -28,7 +29,8 @@ let plainOnly = false // MediaSource was tried, and the video refused it
 const rootGraph = () => app.rootGraph ?? app.graph
 
 /**
- * A video with a line below it, as a widget of the node, which takes no place until there is something to play.
+ * A video with what is said and asked below it, as a widget of the node, which takes no place until there is something
+ * to play.
  * It is there from the beginning, since Nodes 2.0 does not show a widget that is added later (frontend 1.32).
  */
 class Player {
@@ -48,16 +50,17 @@ class Player {
         const line = document.createElement("div")
         line.style.cssText = "font: 12px sans-serif; padding: 4px 2px; color: var(--input-text, #ddd)"
         line.append(this.state, this.numbers)
+        this.steering = new Steering()
         this.element = document.createElement("div")
         this.element.className = "helios-live"
         this.element.style.cssText = "display: none; flex-direction: column; width: 100%; height: 100%"
-        this.element.append(this.video, line)
+        this.element.append(this.video, line, this.steering.element)
         // Space and arrows are the video's while it has the focus, not the graph's.
         this.element.addEventListener("keydown", event => event.stopPropagation())
         this.widget = node.addDOMWidget("live_video", "helios_live", this.element, {
             serialize: false,
             hideOnZoom: false,
-            getMinHeight: () => HEIGHT,
+            getMinHeight: () => HEIGHT + this.steering.height,
         })
         this.widget.serialize = false
         this.widget.hidden = true
@@ -76,21 +79,24 @@ class Player {
     /** Play this session, or say what has become of it. */
     show(session) {
         const other = session.id !== this.session?.id
-        if (!this.session) this.appear()
+        const height = this.session ? this.steering.height : null
         this.session = session
+        this.steering.show(session)
+        if (this.steering.height !== height) this.fit()
         if (other) {
             const late = session.written > LATE * session.chunk_frames
-            if (session.state === "finished") this.playFinished()
+            if (session.file) this.playFinished()
             else if (session.state === "running") this.watch(late ? "key" : "start")
         } else if (session.state === "running" && this.video.error) this.watch("key")
         else if (this.video.ended || this.video.error) this.playFinished()
         this.tell()
     }
 
-    appear() {
+    /** As large as what there is to show. */
+    fit() {
         this.widget.hidden = false
         this.element.style.display = "flex"
-        this.element.style.minHeight = `${HEIGHT}px`
+        this.element.style.minHeight = `${HEIGHT + this.steering.height}px`
         const [width, height] = this.node.computeSize()
         this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)])
     }
@@ -118,7 +124,7 @@ class Player {
     /** The plain file, in which one can seek, once the growing one has ended or cannot be played. */
     playFinished() {
         const url = this.address("")
-        if (this.session.state !== "finished" || this.video.src.endsWith(url)) return
+        if (!this.session.file || this.video.src.endsWith(url)) return
         this.stopFeeding()
         this.video.src = url
     }
@@ -164,7 +170,7 @@ async function refresh() {
         const session = sessions
             .filter(({ node, workflow }) => ids.includes(node) && (!workflow || workflow === rootGraph().id))
             .at(-1)
-        if (session && (player.session || session.state !== "stopped")) player.show(session)
+        if (session && (player.session || session.file || session.state === "running")) player.show(session)
         else if (player.isRunning()) player.show({ ...player.session, state: "stopped" }) // the server began anew
     }
 }

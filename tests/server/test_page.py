@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from harness.small import FIRST_RUN, FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
+from harness.small import FIRST_RUN, FRAMES, ON_TINY, ROOT, SMALL, WORKFLOWS, read_workflow
 
 pytestmark = pytest.mark.browser
 UPDATE = bool(os.environ.get("UPDATE_PICTURES"))  # `make pictures` takes them anew, with Helios-Tiny
@@ -81,7 +81,7 @@ def test_a_workflow_opens_runs_and_plays(page, files, name):
     assert page.page.evaluate(OVERLAPS) == []
     assert page.page.evaluate(ADVANCED) == []
     shown = {key: value for node in state["nodes"] for key, value in node["widgets"].items()}
-    size = (128, 128) if name == FIRST_RUN else (640, 384)
+    size = (128, 128) if name in ON_TINY else (640, 384)
     assert (shown["width"], shown["height"], shown["fps"]) == (*size, 24)
     if "t2v" in name:
         assert shown["frames"] == 264
