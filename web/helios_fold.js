@@ -8,17 +8,18 @@ import { app } from "../../scripts/app.js"
 const ALWAYS_SHOWN = "Comfy.Node.AlwaysShowAdvancedWidgets" // a setting of newer pages
 const NO_ROW = () => [0, -4] // takes back the gap of 4 that the page leaves below every widget
 
+/** A property that is computed until somebody, such as another pack, sets it. */
+function derive(widget, name, get) {
+    const set = value => Object.defineProperty(widget, name, { value, writable: true })
+    Object.defineProperty(widget, name, { configurable: true, get, set })
+}
+
 /** Fold this widget while nothing is connected to its input: a link must end somewhere. */
 function fold(node, widget) {
-    const unlinked = () => node.inputs?.find(input => input.widget?.name === widget.name)?.link == null
-    Object.defineProperties(widget, {
-        advanced: { configurable: true, enumerable: true, get: unlinked },
-        // The page leaves a row free for what it does not draw.
-        computeSize: {
-            configurable: true,
-            get: () => (node.isWidgetVisible(widget) || node.collapsed ? undefined : NO_ROW),
-        },
-    })
+    const { computeSize } = widget
+    derive(widget, "advanced", () => node.inputs?.find(input => input.widget?.name === widget.name)?.link == null)
+    // The page leaves a row free for what it does not draw.
+    derive(widget, "computeSize", () => (node.isWidgetVisible(widget) || node.collapsed ? computeSize : NO_ROW))
 }
 
 app.registerExtension({

@@ -2,6 +2,7 @@
 
 import pytest
 
+from harness.browser import open_page
 from harness.small import FIRST_RUN, read_workflow
 
 pytestmark = pytest.mark.browser
@@ -20,6 +21,12 @@ ADVANCED = [
     *("image_sigma_min", "image_sigma_max", "video_sigma_min", "video_sigma_max"),
     *("history_long", "history_mid", "history_short"),
 ]
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    with open_page(browser, server.url) as page:
+        yield page
 
 
 @pytest.fixture
