@@ -78,8 +78,9 @@ SHOW = """kind => {
     app.canvas.setDirty(true, true)
     const canvas = app.canvas.canvas.getBoundingClientRect()
     const shown = (node.widgets ?? []).filter(widget => node.isWidgetVisible(widget))
-    const bottom = Math.max(...shown.map(widget => widget.y + (widget.computedHeight ?? 24)))
-    return [canvas.x + 400, canvas.y + 150, node.size[0], Math.min(node.size[1], Math.max(bottom + 16, node.computeSize()[1]))]
+    const drawn = Math.max(...shown.map(widget => widget.y + (widget.computedHeight ?? 24))) + 16
+    const height = Math.min(node.size[1], Math.max(drawn, node.computeSize()[1])) // without room for a preview
+    return [canvas.x + 400, canvas.y + 150, node.size[0], height]
 }"""
 
 
