@@ -37,6 +37,7 @@ help:
 	@echo "                                                           VENV name its requirements and environment"
 	@echo "make bench-memory host memory of offloading, ours beside diffusers'"
 	@echo "make soak         a server killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
+	@echo "make soak-live    an hour of video (CHUNKS chunks) at 16 times its speed, watched and steered: memory stays flat"
 	@echo "make meaning      how often Helios-Tiny's videos show what they were asked for: 64 prompts a variant, hours of a"
 	@echo "                  core; a further run goes on, and build/meaning.md has the table"
 	@echo "make sabotage     which tests of tests/meaning notice what is broken, one thing at a time"
@@ -49,7 +50,7 @@ help:
 	@echo "                    FRESH=1                                run what is finished, too"
 	@echo "                    TINY=1                                 rehearse on toy sizes, on any machine"
 	@echo "make gpu-summary  its table, from the files that are there"
-	@echo "make pictures     the workflows' pictures anew, from runs of Helios-Tiny in the page"
+	@echo "make pictures     the pictures of workflows and help pages anew, from runs of Helios-Tiny in the page"
 	@echo "make lint         ruff and mypy; make format applies ruff's formatting"
 	@echo "make clean        remove what was built, and the environment if make setup has made it"
 
@@ -84,6 +85,11 @@ test-%: setup  # any other folder of tests/
 
 soak: $(ENVIRONMENT) $(HOST)
 	HELIOS_KILLS=$(KILLS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_stream.py -k killed
+
+CHUNKS ?= 2618
+.PHONY: soak-live
+soak-live: $(ENVIRONMENT) $(HOST)
+	HELIOS_CHUNKS=$(CHUNKS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_live_steering.py -k soak
 
 # FUZZ_CASE=<number> runs one case of a seed again, FUZZ_FAMILY=<name> only those of a family (tests/faults/cases.py).
 FUZZ_SECONDS ?= 600
@@ -120,6 +126,7 @@ bench-memory-gpu:
 
 pictures: setup
 	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
+	@$(PY) scripts/draw_help.py
 
 bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py

@@ -44,11 +44,17 @@ class Chunk:
     index: int
     latents: Tensor  # (B, 16, 9, H, W), normalised
     memory: Memory  # with this chunk in it
+    last: bool = False  # of its run
+
+
+def nothing_more(index: int) -> bool:
+    """The run has the length that it was given."""
+    return False
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be denoised: `chunks` chunks that follow on `memory`."""
+    """What is to be denoised: `chunks` chunks that follow on `memory`, and further ones while `more` says so."""
 
     schedule: Schedule
     memory: Memory  # before the first of them; where it lies is where they are made
@@ -57,6 +63,7 @@ class Run:
     first_index: int = 0  # chunks that this video has already: amplification is for chunk 0 alone
     # Take the second chunk's first latent frame for the anchor: a cure for image-to-video that starts static.
     skip_first_chunk: bool = False
+    more: Callable[[int], bool] = nothing_more  # whether to make chunk `index`, after the `chunks`; asked before each
 
     @property
     def chunk_shape(self) -> tuple[int, int, int, int, int]:
@@ -67,6 +74,10 @@ class Run:
     def steps(self, chunks: int) -> int:
         """How many steps of a solver the run's first `chunks` chunks take."""
         return sum(self.schedule.steps_in_chunk(self.first_index + i) for i in range(chunks))
+
+    def goes_on(self, made: int) -> bool:
+        """Whether another chunk is to follow on the first `made`."""
+        return made < self.chunks or self.more(self.first_index + made)
 
     def after(self, done: int, memory: Memory) -> Run:
         """The run of the remaining chunks, where the first `done` exist already and `memory` ends with them."""
@@ -81,7 +92,9 @@ def generate(bind: BindChunk, run: Run, on_step: Callable[[Step], None] = lambda
     schedule, memory, rng = run.schedule, run.memory, run.rng
     *_, height, width = run.chunk_shape
     schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
-    for index in range(run.first_index, run.first_index + run.chunks):
+    made, goes_on = 0, run.goes_on(0)
+    while goes_on:
+        index = run.first_index + made
         if schedule.anti_drift:
             memory = schedule.anti_drift.correct(memory, rng)
         noise = torch.randn(run.chunk_shape, generator=rng, device=rng.device)
@@ -92,7 +105,9 @@ def generate(bind: BindChunk, run: Run, on_step: Callable[[Step], None] = lambda
         memory = memory.push(latents, reanchor=run.skip_first_chunk and index == 1)
         if schedule.anti_drift:
             memory = schedule.anti_drift.observe(memory, latents)
-        yield Chunk(index, latents, memory)
+        made += 1
+        goes_on = run.goes_on(made)
+        yield Chunk(index, latents, memory, last=not goes_on)
 
 
 def check_finite(latents: Tensor, index: int) -> None:

@@ -93,20 +93,47 @@ def check_lengths(chunks: tuple[int, ...], blend: int) -> None:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A prompt that takes over on the way, from whatever mixture is reached there."""
+
+    chunk: int  # the first that it changes, counted from where the track begins
+    embedding: Tensor  # (1, L, D)
+    transition: int  # n chunks with the weights k/n, k = 1 to n; 0: at once, as 1
+
+    def weight(self, chunks: int) -> float:
+        """Its share in the last of its first `chunks` chunks."""
+        return min(1.0, chunks / max(1, self.transition))
+
+
+@dataclass(frozen=True)
 class PromptTrack:
-    """Several prompts in a row, each for a number of chunks, blending into the next."""
+    """Several prompts in a row, each for a number of chunks, blending into the next; from the first turn on, turns."""
 
     embeddings: tuple[Tensor, ...]  # (1, L, D) each
     chunks: tuple[int, ...]
     blend: int  # chunks at the start of a prompt that mix it with the one before
+    turns: tuple[Turn, ...] = ()  # in their order
 
     def __post_init__(self) -> None:
         check_lengths(self.chunks, self.blend)
 
     def at(self, index: int) -> Tensor:
-        """The embedding (1, L, D) of a chunk, counted from where the track begins; the last prompt stays.
+        """The embedding (1, L, D) of a chunk, counted from where the track begins; the last prompt stays."""
+        turns = [turn for turn in self.turns if turn.chunk <= index]
+        if not turns:
+            return self._scheduled(index)
+        shown = self._scheduled(max(0, turns[0].chunk - 1))
+        for turn, end in zip(turns, [*(turn.chunk for turn in turns[1:]), index + 1], strict=True):
+            weight = turn.weight(end - turn.chunk)
+            shown = turn.embedding if weight == 1 else torch.lerp(shown, turn.embedding, weight)
+        return shown
 
-        The weights of a blend are linspace(0, 1, blend), as in the authors' repository: the first chunk of a new
+    def turned(self, turn: Turn) -> PromptTrack:
+        """The track from turn.chunk on, which is all that it still knows: of what was before, the mixture reached."""
+        return PromptTrack((self.at(max(0, turn.chunk - 1)),), (1,), 0, (turn,))
+
+    def _scheduled(self, index: int) -> Tensor:
+        """The weights of a blend are linspace(0, 1, blend), as in the authors' repository: the first chunk of a new
         prompt is still all the old one.
         """
         start = 0

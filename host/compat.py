@@ -36,8 +36,12 @@ def schema(**kwargs: Any) -> io.Schema:
 
 
 def advanced(make: type, *args: Any, **kwargs: Any) -> Any:
-    """An input that newer hosts fold away under "advanced"."""
-    return make(*args, **_known(make, {**kwargs, "advanced": True}))
+    """An input that is folded away under "advanced": by newer hosts themselves, and by web/helios_fold.js."""
+    known = _known(make, {**kwargs, "advanced": True})
+    made = make(*args, **known)
+    if "advanced" not in known:
+        made.extra_dict = {"advanced": True}  # goes to the page as it is
+    return made
 
 
 def _known(make: type, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,10 @@ ASKED = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ \wi?B)", re.I)
 
 
 @contextmanager
-def memory_errors(node: str) -> Iterator[None]:
+def memory_errors(what: str, cure: str = CURE) -> Iterator[None]:
     """Turn the many words for a lack of memory into one sentence, raised as what the host takes for it.
 
-    It then unloads all models, which it does not for those of the CPU's allocator.
+    what: ran out of it. The host then unloads all models, which it does not for those of the CPU's allocator.
     """
     try:
         yield
@@ -35,7 +35,7 @@ def memory_errors(node: str) -> Iterator[None]:
             raise
         asked = ASKED.search(str(error))
         more = f" when it asked for {asked[1]} more" if asked else ""
-        raise comfy.model_management.OOM_EXCEPTION(f"{node} ran out of memory{more}. {CURE}") from error
+        raise comfy.model_management.OOM_EXCEPTION(f"{what} ran out of memory{more}. {cure}") from error
 
 
 def check_room(what: str, needed: float, device: torch.device, cure: str = CURE) -> None:

@@ -30,7 +30,8 @@ class SamplingProgress:
             frame = step.preview(step.latents.shape[2] // 2)[:1]  # the host's previewers show a video's frame 0
             preview = self.previewer.decode_latent_to_preview_image("JPEG", frame)
         self.done += 1
-        self.bar.update_absolute(self.done, preview=preview)
+        # A run without an end has a full bar once it has made what was asked for at least.
+        self.bar.update_absolute(self.done, max(self.done, self.bar.total), preview)
 
 
 def check_interrupt() -> None:

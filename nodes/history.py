@@ -95,7 +95,8 @@ class HeliosHistoryInjection(io.ComfyNode):
                     ),
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos made at once."),
-                io.Combo.Input(
+                advanced(
+                    io.Combo.Input,
                     "fit",
                     options=["crop", "pad", "stretch"],
                     default="crop",

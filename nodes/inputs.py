@@ -55,7 +55,8 @@ def seed_input() -> io.Int.Input:
 
 
 def seed_mode_input() -> io.Combo.Input:
-    return io.Combo.Input(
+    return advanced(
+        io.Combo.Input,
         "seed_mode",
         options=["continue", "new"],
         default="continue",

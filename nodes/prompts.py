@@ -9,12 +9,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
-from ..helios_core.video import PromptTrack, check_lengths
-from ..host.compat import INCREMENT, schema
+from ..helios_core.video import PromptTrack, Turn, check_lengths
+from ..host.compat import INCREMENT, advanced, schema
 from ..host.files.prompt_file import fingerprint, read_prompts, text_files
 from ..host.messages import Notes, tell
 from ..host.model.offload_patcher import offloaded_clip, offloading
 from ..host.sockets.conditioning import check_conditioning
+from ..host.sockets.prompt_changes import SteeredPrompts
 from ..host.sockets.prompt_track import find_track, set_track
 from ..host.sockets.text_encoding import encode_prompt
 from ..host.widget_checks import found
@@ -33,6 +34,7 @@ PROMPTS = (
     "",
 )
 LENGTHS = (7.0, 7.0, 7.0, 0.0)
+NOT_STEERED = SteeredPrompts(None, 0, {})
 
 
 class HeliosPromptSchedule(io.ComfyNode):
@@ -80,6 +82,15 @@ class HeliosPromptSchedule(io.ComfyNode):
                     "four. The blend of this node holds for all of them.",
                 ),
                 *offload_inputs(),
+                advanced(
+                    io.String.Input,
+                    "steered",
+                    default="",
+                    optional=True,
+                    tooltip="The .json that Helios Stream Video writes beside a video that was steered, pasted here: "
+                    "its prompts take over at the same chunks. If it names the first prompt, those above and `before` "
+                    "are not used.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive"),
@@ -92,11 +103,17 @@ class HeliosPromptSchedule(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, clip, unit, blend, negative, before=None, group_offload="off", blocks_per_group=1, **slots
+        cls, clip, unit, blend, negative, before=None, group_offload="off", blocks_per_group=1, steered="", **slots
     ) -> io.NodeOutput:
+        script = SteeredPrompts.from_json(steered) if steered.strip() else NOT_STEERED
+        if script.begins_with is not None:
+            before, blend, pairs = None, 0, [(script.begins_with, script.chunks)]
+        else:
+            pairs = [(text, _whole_chunks(length, unit)) for text, length in _used_slots(slots)]
         earlier = _track_before(before)
-        texts, lengths = zip(*_used_slots(slots), strict=True)
-        chunks = earlier.chunks + tuple(_whole_chunks(length, unit) for length in lengths)
+        texts, lengths = zip(*pairs, strict=True)
+        chunks = (*earlier.chunks, *lengths)
+        chunks = (*chunks[:-1], chunks[-1] + max(0, script.chunks - sum(chunks)))
         check_lengths(chunks, blend)  # before the text encoder is loaded
         names = [*(f"Prompt {number}" for number in range(1, len(texts) + 1)), "The negative prompt"]
         notes = Notes(cls.hidden.unique_id)
@@ -105,11 +122,16 @@ class HeliosPromptSchedule(io.ComfyNode):
                 encode_prompt(encoder, text, name, notes.warn)
                 for name, text in zip(names, (*texts, negative), strict=True)
             ]
+            turns = tuple(
+                Turn(after, encode_prompt(encoder, change.prompt, warn=notes.warn)[0][0], change.transition)
+                for after, change in script.changes.items()
+            )
         embeddings = earlier.embeddings + tuple(entries[0][0] for entries in encoded)
-        summary = _summary(chunks)
+        turns = tuple(sorted((*earlier.turns, *turns), key=lambda turn: turn.chunk))
+        summary = _summary(chunks, turns)
         notes.inform(summary)
         return io.NodeOutput(
-            set_track(before or encoded[0], PromptTrack(embeddings, chunks, blend)),
+            set_track(before or encoded[0], PromptTrack(embeddings, chunks, blend, turns)),
             unwanted,
             sum(chunks) * CHUNK_FRAMES,
             summary,
@@ -175,14 +197,15 @@ def _whole_chunks(length: float, unit: str) -> int:
     return max(1, math.floor(chunks + 0.5))
 
 
-def _summary(chunks: tuple[int, ...]) -> str:
-    """Such as "1: 5 chunks (6.9 s) | 2: 1 chunk (1.4 s) | total: 6 chunks (8.2 s)"."""
+def _summary(chunks: tuple[int, ...], turns: tuple[Turn, ...]) -> str:
+    """Such as "1: 5 chunks (6.9 s) | 2: 1 chunk (1.4 s) | total: 6 chunks (8.2 s) | steered after chunk 3, 4"."""
 
     def length(count: int) -> str:
         return f"{count} chunk{'s' * (count != 1)} ({count * CHUNK_FRAMES / FRAME_RATE:.1f} s)"
 
     prompts = [f"{number}: {length(count)}" for number, count in enumerate(chunks, start=1)]
-    return " | ".join([*prompts, f"total: {length(sum(chunks))}"])
+    steered = [f"steered after chunk {', '.join(str(turn.chunk) for turn in turns)}"] if turns else []
+    return " | ".join([*prompts, f"total: {length(sum(chunks))}", *steered])
 
 
 class HeliosPromptFromFile(io.ComfyNode):

@@ -183,7 +183,7 @@ class HeliosAntiDrift(io.ComfyNode):
             ),
             search_aliases=["helios", "drift", "long video"],
             inputs=[
-                HeliosScheduleSocket.Input("schedule"),
+                HeliosScheduleSocket.Input("schedule", tooltip="From a schedule node or Helios Diffusers Loader."),
                 drift_input("mean_momentum", DRIFT.mean_momentum, "How slowly the average of the means follows."),
                 drift_input("var_momentum", DRIFT.var_momentum, "How slowly the average of the variances follows."),
                 drift_input("mean_threshold", DRIFT.mean_threshold, "Distance of the means that counts as drift.", 10),

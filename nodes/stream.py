@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import uuid
 from contextlib import nullcontext
+from dataclasses import replace
 
 from comfy_api.latest import io
 
@@ -16,12 +19,16 @@ from ..host.sockets.vae import check_vae
 from ..host.stream.live_sessions import Watched, on_air, workflow_id
 from ..host.stream.mp4 import BIT_DEPTHS, check_target, finished_video
 from ..host.stream.one_pass import OnePass
+from ..host.stream.prompt_turns import PromptTurns, check_steerable
 from ..host.stream.resuming import pick_up
 from ..host.stream.run_folder import FOLDER, KEPT_RUNS
+from ..host.stream.run_note import first_prompt
+from ..host.stream.steering import Steering
 from ..host.stream.video_writer import VideoWriter, video_folder
 from .inputs import DECODE_TOOLTIP, frame_inputs, model_inputs, seed_input, seed_mode_input
 
 OVERLAP = ("auto", "off")
+TEXT_ENCODE = "HeliosTextEncode"  # whose prompts are encoded as those that take over
 
 
 class HeliosStreamVideo(io.ComfyNode):
@@ -94,6 +101,23 @@ class HeliosStreamVideo(io.ComfyNode):
                         "becomes larger for the same crf. Of a batch, item 1 plays."
                     ),
                 ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip=(
+                        "With live: the text encoder that the prompt was encoded with. The player then takes new "
+                        "prompts while the video is made."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "until_finished",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "With live: go on until `finish` is pressed on the player, and make at least the frames asked "
+                        "for. Nothing is trimmed at the end."
+                    ),
+                ),
             ],
             outputs=[
                 io.Video.Output(
@@ -108,6 +132,10 @@ class HeliosStreamVideo(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, live=False, **inputs) -> str:
+        return uuid.uuid4().hex if live else ""  # somebody may steer it another way
 
     @classmethod
     def execute(
@@ -129,23 +157,35 @@ class HeliosStreamVideo(io.ComfyNode):
         overlap_decode="auto",
         vae_offload="off",
         live=False,
+        clip=None,
+        until_finished=False,
     ) -> io.NodeOutput:
         check_vae(vae)
+        if until_finished and not live:
+            raise ValueError("`until_finished` needs `live`, on whose player `finish` is. Switch `live` on.")
         guider = prepare("Helios Stream Video", model, positive, negative, latent, schedule, seed, seed_mode)
         *_, height, width = (side * SPATIAL_SCALE for side in guider.run.chunk_shape)
         check_target(video_folder(), width, height)
-        shown = shown_frames(latent, guider.run.chunks, trim, drop_first)
+        if live and clip is not None:
+            check_steerable(clip, positive)
+        first, end = shown_frames(latent, guider.run.chunks, trim and not until_finished, drop_first)
+        steering = Steering(prompts=clip is not None, endless=until_finished)
+        if until_finished:
+            end, guider.run = sys.maxsize, replace(guider.run, more=steering.goes_on)
         how = offloading(vae_offload, weights_in="disk")
         notes = Notes(cls.hidden.unique_id)
         warnings = (variant_warning(model, schedule), latent_warning(latent), trim_warning(latent, trim))
         for warning in filter(None, warnings):
             notes.warn(warning)
-        picked_up = pick_up(guider, cls.hidden.prompt, cls.hidden.unique_id, notes) if resume else nullcontext()
+        prompt, node_id = cls.hidden.prompt, cls.hidden.unique_id
+        prompts = PromptTurns(guider, clip, steering, notes, first_prompt(prompt or {}, node_id, of=[TEXT_ENCODE]))
+        picked_up = pick_up(guider, prompt, node_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
-            writer = VideoWriter(decoder, guider.run.chunk_shape[0], shown, fps, crf, bit_depth, live)
-            watched = Watched(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo), frames=shown[1] - shown[0])
-            with on_air(writer.live, watched) if writer.live else nullcontext():
-                files, tail = OnePass(guider, writer, overlap_decode == "auto", saved).run()
+            writer = VideoWriter(decoder, guider.run.chunk_shape[0], (first, end), fps, crf, bit_depth, live)
+            frames = None if until_finished else end - first
+            watched = Watched(node_id, workflow_id(cls.hidden.extra_pnginfo), frames)
+            with on_air(writer.live, watched, steering) if writer.live else nullcontext():
+                files, tail = OnePass(guider, writer, overlap_decode == "auto", saved, prompts).run()
         return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))
 
 

@@ -3,35 +3,13 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { feed } from "./helios_feed.js"
+import { Steering } from "./helios_steer.js"
+import { words } from "./helios_words.js"
 
 const NODE = "HeliosStreamVideo"
 const POLL = 1000 // milliseconds
 const HEIGHT = 240 // pixels
 const LATE = 2 // chunks; who comes later begins with the newest one
-
-const ENGLISH = {
-    video: "The video while it is made",
-    running: "Live",
-    finished: "Finished",
-    stopped: "Stopped before the end",
-    numbers: (made, all) => `${made} of ${all} frames`,
-    buffered: seconds => `${seconds} s buffered`,
-    speed: (chunks, times) => `${chunks} chunks/s, ${times} × real time`,
-}
-const CHINESE = {
-    video: "生成中的视频",
-    running: "直播",
-    finished: "已完成",
-    stopped: "提前停止",
-    numbers: (made, all) => `${made} / ${all} 帧`,
-    buffered: seconds => `已缓冲 ${seconds} 秒`,
-    speed: (chunks, times) => `${chunks} 块/秒，实时的 ${times} 倍`,
-}
-
-function words() {
-    const locale = app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? navigator.language
-    return String(locale).startsWith("zh") ? CHINESE : ENGLISH
-}
 
 /**
  * Every player with its node's ids for the server, where those of the subgraphs around it come first: more than one
@@ -51,7 +29,8 @@ let plainOnly = false // MediaSource was tried, and the video refused it
 const rootGraph = () => app.rootGraph ?? app.graph
 
 /**
- * A video with a line below it, as a widget of the node, which takes no place until there is something to play.
+ * A video with what is said and asked below it, as a widget of the node, which takes no place until there is something
+ * to play.
  * It is there from the beginning, since Nodes 2.0 does not show a widget that is added later (frontend 1.32).
  */
 class Player {
@@ -71,16 +50,17 @@ class Player {
         const line = document.createElement("div")
         line.style.cssText = "font: 12px sans-serif; padding: 4px 2px; color: var(--input-text, #ddd)"
         line.append(this.state, this.numbers)
+        this.steering = new Steering()
         this.element = document.createElement("div")
         this.element.className = "helios-live"
         this.element.style.cssText = "display: none; flex-direction: column; width: 100%; height: 100%"
-        this.element.append(this.video, line)
+        this.element.append(this.video, line, this.steering.element)
         // Space and arrows are the video's while it has the focus, not the graph's.
         this.element.addEventListener("keydown", event => event.stopPropagation())
         this.widget = node.addDOMWidget("live_video", "helios_live", this.element, {
             serialize: false,
             hideOnZoom: false,
-            getMinHeight: () => HEIGHT,
+            getMinHeight: () => HEIGHT + this.steering.height,
         })
         this.widget.serialize = false
         this.widget.hidden = true
@@ -99,21 +79,24 @@ class Player {
     /** Play this session, or say what has become of it. */
     show(session) {
         const other = session.id !== this.session?.id
-        if (!this.session) this.appear()
+        const height = this.session ? this.steering.height : null
         this.session = session
+        this.steering.show(session)
+        if (this.steering.height !== height) this.fit()
         if (other) {
             const late = session.written > LATE * session.chunk_frames
-            if (session.state === "finished") this.playFinished()
+            if (session.file) this.playFinished()
             else if (session.state === "running") this.watch(late ? "key" : "start")
         } else if (session.state === "running" && this.video.error) this.watch("key")
         else if (this.video.ended || this.video.error) this.playFinished()
         this.tell()
     }
 
-    appear() {
+    /** As large as what there is to show. */
+    fit() {
         this.widget.hidden = false
         this.element.style.display = "flex"
-        this.element.style.minHeight = `${HEIGHT}px`
+        this.element.style.minHeight = `${HEIGHT + this.steering.height}px`
         const [width, height] = this.node.computeSize()
         this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)])
     }
@@ -141,7 +124,7 @@ class Player {
     /** The plain file, in which one can seek, once the growing one has ended or cannot be played. */
     playFinished() {
         const url = this.address("")
-        if (this.session.state !== "finished" || this.video.src.endsWith(url)) return
+        if (!this.session.file || this.video.src.endsWith(url)) return
         this.stopFeeding()
         this.video.src = url
     }
@@ -187,7 +170,7 @@ async function refresh() {
         const session = sessions
             .filter(({ node, workflow }) => ids.includes(node) && (!workflow || workflow === rootGraph().id))
             .at(-1)
-        if (session && (player.session || session.state !== "stopped")) player.show(session)
+        if (session && (player.session || session.file || session.state === "running")) player.show(session)
         else if (player.isRunning()) player.show({ ...player.session, state: "stopped" }) // the server began anew
     }
 }

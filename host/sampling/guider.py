@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import comfy.conds
@@ -19,6 +20,7 @@ from ...helios_core.generate import Chunk, PredictFlow, Run, Step, generate
 from ...helios_core.history import History, Memory
 from ...helios_core.regular_file import check_unchanged
 from ...helios_core.schedule import TRAIN_STEPS, stages
+from ...helios_core.video import PromptTrack, Turn
 from ..model.base_model import MEMORY_KEY, TEXT_CACHED_KEY, history_conds
 from ..model.offload_patcher import release
 from ..model.run_cache import CACHE_KEY, RunCache, can_cache, text_bytes_per_token
@@ -40,6 +42,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
     loaded_models: list[Any]  # by the host: what it has loaded beside the model
     on_chunk: Callable[[Chunk], None]
     on_step: Callable[[], None]
+    before_chunk: Callable[[int], None]
     cache: RunCache | None = None  # while it denoises
     stage_shape: torch.Size | None = None  # of the latents of the last step in this chunk
 
@@ -48,23 +51,31 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.set_cfg(run.schedule.guidance_scale)
         self.run, self.memory = run, run.memory
         self.done = 0  # chunks that an earlier run has made
+        self.next_index = run.first_index  # of the chunk that comes next in the video
+        self.turns: list[Turn] = []  # that are not taken yet
 
     def resume(self, done: int, memory: Memory, rng_state: Tensor) -> None:
         """Take the first `done` chunks for made; memory and rng_state are as they were after the last of them."""
-        self.done, self.memory = done, memory
+        self.done, self.memory, self.next_index = done, memory, self.run.first_index + done
         self.run.rng.set_state(rng_state)
+
+    def turn(self, turn: Turn) -> None:
+        """With chunk `turn.chunk` of this run, which is not begun yet, another prompt takes over from the positive."""
+        self.turns.append(turn)
 
     def denoise(
         self,
         on_chunk: Callable[[Chunk], None],
         beside: Sequence[Any] = (),
         on_step: Callable[[], None] = lambda: None,
+        before_chunk: Callable[[int], None] = lambda position: None,
     ) -> None:
         """Denoise all chunks that are not done; on_chunk is called with each, normalised, on the model's device.
 
-        The patchers `beside` are loaded together with the model. on_step is called after each step.
+        The patchers `beside` are loaded together with the model. on_step is called after each step, before_chunk with
+        the number of a chunk in this run before it is begun.
         """
-        self.on_chunk, self.on_step = on_chunk, on_step
+        self.on_chunk, self.on_step, self.before_chunk = on_chunk, on_step, before_chunk
         check_unchanged(self.model_patcher.model.files)
         # The host sizes memory by the noise it is given: one chunk, however long the video. Noise is drawn in the loop.
         noise = torch.zeros(self.run.chunk_shape)
@@ -102,7 +113,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         loop = generate(self.bind_chunk, run.after(self.done, self.memory.to(device)), on_step)
         with self.caching(device), counting_skipped_steps(self.model_options, self.options, run.chunks - self.done):
             for chunk in loop:
-                self.memory = chunk.memory
+                self.memory, self.next_index = chunk.memory, chunk.index + 1
                 self.on_chunk(chunk)
         return latent_image  # the host wants one back; the chunks are with their consumer
 
@@ -155,6 +166,8 @@ class HeliosGuider(comfy.samplers.CFGGuider):
     def bind_chunk(self, index: int, history: History) -> PredictFlow:
         """Predict with this history and the chunk's prompt: the host's conds, with these in their model_conds."""
         check_unchanged(self.model_patcher.model.files)
+        self.before_chunk(index - self.run.first_index)
+        self.take_turns()
         extra = history_conds(history, self.memory.layout)
         prompts = {}  # where they lie in memory: comparing them on the device would wait for it
 
@@ -171,6 +184,14 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             self.cache.start_chunk(prompts)
         self.restart_trajectory()
         return BoundChunk(self, self.run.schedule, conds, extra, self.options, self.run.rng.initial_seed())
+
+    def take_turns(self) -> None:
+        """Every positive prompt goes over to those that take over, each from its own."""
+        turns, self.turns = self.turns, []
+        for cond in self.conds["positive"]:
+            for turn in turns:
+                track = cond.get(TRACK_KEY) or PromptTrack((cond["cross_attn"],), (1,), 0)
+                cond[TRACK_KEY] = track.turned(replace(turn, embedding=turn.embedding.to(cond["cross_attn"])))
 
     def restart_trajectory(self) -> None:
         """Every chunk is denoised from noise again: what the host keeps along the way starts over."""

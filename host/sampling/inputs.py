@@ -166,7 +166,7 @@ def sampled(samples: Tensor, frames: int, guider: HeliosGuider) -> dict[str, Any
     """The LATENT after a run: its last chunks in VAE space, and what is needed to go on after them."""
     state = VideoState(
         frames=frames,
-        next_chunk=guider.run.first_index + guider.run.chunks,
+        next_chunk=guider.next_index,
         memory=guider.memory,
         rng_state=guider.run.rng.get_state(),
     )

@@ -31,7 +31,8 @@ NOT_LATENTS = {
     "HeliosTextEncode": OFFLOAD,
     "HeliosPromptSchedule": OFFLOAD,
     "HeliosStreamVideo": OFFLOAD
-    | {"vae", "fps", "crf", "bit_depth", "trim", "drop_first", "resume", "overlap_decode", "vae_offload", "live"},
+    | {"vae", "fps", "crf", "bit_depth", "trim", "drop_first", "resume", "overlap_decode", "vae_offload", "live"}
+    | {"clip", "until_finished"},
 }
 LOADERS = {  # and the input that names files
     "HeliosModelLoader": "model_name",

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from aiohttp import web
 from comfy.cli_args import args
 
+from ...helios_core.json_file import parse_json
 from ..messages import running_server
 from ..printable import printable_log
+from ..sockets.prompt_changes import Change
 from .live_sessions import LiveSession, find_session, sessions
+from .mp4 import prompts_beside
+from .steering import Steering, TooMany
 
 log = printable_log(__name__)
 
 LIST = "/helios/live"
 VIDEO = LIST + "/{id}.mp4"
+PROMPTS = LIST + "/{id}.json"
+CONTROL = LIST + "/{id}"
+MOST_BYTES = 16 * 1024  # of what is asked for
 BLOCK = 1 << 18  # bytes that are read at once
 PAUSE = 0.05  # seconds until a reader that has everything looks again
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
@@ -32,6 +39,8 @@ def add_live_routes() -> None:
         return
     server.routes.get(LIST)(list_sessions)
     server.routes.get(VIDEO)(send_video)
+    server.routes.get(PROMPTS)(send_prompts)
+    server.routes.post(CONTROL)(control)
 
 
 async def list_sessions(request: web.Request) -> web.Response:
@@ -45,9 +54,7 @@ async def send_video(request: web.Request) -> web.StreamResponse:
     begin = request.query.get("from", "start")
     if begin not in ("start", "key"):
         raise web.HTTPBadRequest(text="from must be start or key.")
-    session = find_session(request.match_info["id"])
-    if session is None or session.state == "stopped":
-        raise web.HTTPNotFound(text="No such video is being made.")
+    session = _session(request)
     if session.file.closed:
         return await _finished(session)
     response = web.StreamResponse(headers={**NO_STORE, "Content-Type": "video/mp4"})
@@ -61,6 +68,55 @@ async def send_video(request: web.Request) -> web.StreamResponse:
     with grown:
         await _follow(session, grown, response, newest=begin == "key")
     return response
+
+
+async def send_prompts(request: web.Request) -> web.StreamResponse:
+    """What Helios Prompt Schedule makes the same video from, once that has ended."""
+    _refuse_foreign(request)
+    file = prompts_beside(_session(request).file.target)
+    if not file.is_file():
+        raise web.HTTPNotFound(text="No prompt has changed in this video, or it has not ended.")
+    return web.FileResponse(file, headers={**NO_STORE, "Content-Disposition": f'attachment; filename="{file.name}"'})
+
+
+async def control(request: web.Request) -> web.Response:
+    """Ask a run for another prompt, {"prompt": text, "transition": chunks}, or for its end, {"finish": true}."""
+    _refuse_foreign(request)
+    session = _session(request)
+    if request.content_type != "application/json":  # a form of another page can send anything else
+        raise web.HTTPUnsupportedMediaType(text="Send application/json.")
+    if request.content_length is None or request.content_length > MOST_BYTES:
+        raise web.HTTPRequestEntityTooLarge(MOST_BYTES, request.content_length or 0, text="At most 16 KiB are read.")
+    if session.state != "running":
+        raise web.HTTPConflict(text="The video has ended.")
+    try:
+        _ask(session.steering, parse_json(await request.read()))
+    except TooMany as error:
+        raise web.HTTPTooManyRequests(text=str(error)) from error
+    except ValueError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
+    return web.json_response(session.steering.describe(), headers=NO_STORE)
+
+
+def _ask(steering: Steering, asked: dict[str, Any]) -> None:
+    """Raises ValueError for what nobody can do, or not in this run."""
+    if asked == {"finish": True}:
+        if not steering.endless:
+            raise ValueError("until_finished is off: the video ends after the frames it was given.")
+        steering.finish()
+        return
+    change = Change.from_dict(asked)
+    if not steering.prompts:
+        raise ValueError("No text encoder is connected to `clip` of Helios Stream Video.")
+    steering.ask(change)
+
+
+def _session(request: web.Request) -> LiveSession:
+    """By the id in the address. Raises 404."""
+    session = find_session(request.match_info["id"])
+    if session is None:
+        raise web.HTTPNotFound(text="There is no such video.")
+    return session
 
 
 async def _follow(session: LiveSession, grown: BinaryIO, response: web.StreamResponse, newest: bool) -> None:
@@ -100,4 +156,4 @@ def _refuse_foreign(request: web.Request) -> None:
     same = origin is None or origin == allowed or urlsplit(origin).netloc.lower() == request.host.lower()
     crossed = origin is None and request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") and not allowed
     if not same or crossed:
-        raise web.HTTPForbidden(text="Pages of another address may not watch.")
+        raise web.HTTPForbidden(text="Pages of another address may neither watch nor steer.")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ...helios_core.config import CHUNK_FRAMES
 from .live_file import LiveFile
+from .steering import Steering
 
 State = Literal["running", "finished", "stopped"]
 KEPT = 8  # sessions that have ended, for pages that still show them
@@ -22,15 +23,16 @@ class Watched:
 
     node_id: str  # with those of the subgraphs around it: "5:12"
     workflow: str | None  # node ids are a workflow's own; None for a graph that no page has queued
-    frames: int
+    frames: int | None  # None where nobody has said yet when it is to end
 
 
 @dataclass
 class LiveSession:
-    """One run of a node with `live`. Only `state` changes."""
+    """One run of a node with `live`. Only `state` changes, and what `steering` holds."""
 
     file: LiveFile
     watched: Watched
+    steering: Steering
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     state: State = "running"
 
@@ -46,6 +48,8 @@ class LiveSession:
             "fps": float(self.file.rate),
             "rate": self.file.rate_of_frames,
             "chunk_frames": CHUNK_FRAMES,
+            "steering": self.steering.describe(),
+            "file": self.file.target.is_file(),
         }
 
 
@@ -71,9 +75,9 @@ def workflow_id(extra_pnginfo: dict[str, Any] | None) -> str | None:
 
 
 @contextmanager
-def on_air(file: LiveFile, watched: Watched) -> Iterator[LiveSession]:
+def on_air(file: LiveFile, watched: Watched, steering: Steering) -> Iterator[LiveSession]:
     """Let pages find the file until it has ended, and a while longer."""
-    session = LiveSession(file, watched)
+    session = LiveSession(file, watched, steering)
     with _lock:
         _sessions[session.id] = session
     try:

@@ -33,7 +33,7 @@ BIT_DEPTHS = tuple(PIXEL_FORMATS)
 PRIMARIES_BT709 = MATRIX_BT709 = 1  # of ITU-T H.273, which the file speaks; FFmpeg's scaler has numbers of its own
 SCALER_MATRIX = Colorspace.ITU709 if VIDEO_MATRIX == MATRIX_BT709 else Colorspace.ITU601
 LONGEST_SIDE = 16384  # pixels that the encoder takes
-OUR_FILE = re.compile(r"helios_[0-9a-f]{32}\.mp4(\.part)?")
+OUR_FILE = re.compile(r"helios_[0-9a-f]{32}\.(mp4(\.part)?|json)")
 PACKET_CHECK = "The video was written, but its file holds {found} frames instead of {expected}."
 
 
@@ -184,10 +184,15 @@ def new_path(folder: Path) -> Path:
     return folder / f"helios_{uuid.uuid4().hex}.mp4"
 
 
+def prompts_beside(video: Path) -> Path:
+    """Where the prompts of a video are that was steered."""
+    return video.with_suffix(".json")
+
+
 def remove_old_videos(folder: Path) -> None:
     """Delete our files of which no VIDEO is left, a day after they were written: a page may still show one."""
     for file in folder.glob("helios_*"):
-        if OUR_FILE.fullmatch(file.name) and file not in _in_use and not file.is_symlink():
+        if OUR_FILE.fullmatch(file.name) and file.with_suffix(".mp4") not in _in_use and not file.is_symlink():
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - file.stat().st_mtime > DAY:
                     file.unlink()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from ...helios_core.generate import nothing_more
 from ..messages import Notes
 from ..sampling.guider import HeliosGuider
+from ..sockets.prompt_changes import MOST_CHUNKS
 from .graph_key import graph_key
 from .run_folder import count_others
 from .run_note import about, first_prompt
@@ -25,19 +28,22 @@ def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: N
         yield None
         return
     run = guider.run
+    endless = run.more is not nothing_more
     kind = Kind.after(guider.memory, watched=run.schedule.anti_drift is not None)
     note = about(run.chunk_shape, run.chunks, run.rng.initial_seed(), first_prompt(prompt, node_id))
     with open_run(graph_key(prompt, node_id), kind, note) as saved:
-        done, problem = saved.count(run.chunks)
+        done, problem = saved.count(MOST_CHUNKS if endless else run.chunks)
         if problem:
             notes.warn(f"{problem} It is not used, and made again.")
         if done:
             last = saved.load(done - 1)
             guider.resume(done, last.memory, last.rng_state)
-        if done == run.chunks:
+            if last.finished:
+                run = guider.run = replace(run, chunks=done, more=nothing_more)
+        if not run.goes_on(done):
             notes.inform(f"All chunks ({done}) were saved: nothing is sampled, the video is encoded again.")
         elif done:
-            notes.inform(f"Resumed after chunk {done} of {run.chunks}.")
+            notes.inform(f"Resumed after chunk {done}{'' if endless else f' of {run.chunks}'}.")
         elif others := count_others(saved.folder):
             notes.inform(
                 f"Starts anew: no chunk is saved for this graph ({others} other run{'s are' if others > 1 else ' is'} "

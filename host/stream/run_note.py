@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
@@ -33,12 +34,13 @@ def about(chunk_shape: tuple[int, ...], chunks: int, seed: int, prompt: str | No
     return "\n".join(lines) + "\n"
 
 
-def first_prompt(graph: dict[str, Any], node_id: str) -> str | None:
-    """The text of the prompt that leads to this node; None where another node makes it."""
+def first_prompt(graph: dict[str, Any], node_id: str, of: Collection[str] | None = None) -> str | None:
+    """The text of the prompt that leads to this node; None where another node makes it, or is none `of` these kinds."""
     for _ in range(len(graph)):  # a chain is no longer than that, a circle is
         inputs = graph.get(node_id, {}).get("inputs", {})
         value: Any = next((inputs[name] for name in FIRST_PROMPT if name in inputs), None)
         if not is_link(value):
-            return value if isinstance(value, str) else None
+            known = of is None or graph.get(node_id, {}).get("class_type") in of
+            return value if known and isinstance(value, str) else None
         node_id = value[0]
     return None

@@ -23,6 +23,7 @@ from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.history import HistoryLayout, Memory, Statistics
 from ...helios_core.json_file import parse_json
 from ...helios_core.quoting import quoted
+from ..sockets.prompt_changes import Change
 from .plain_files import disk_errors, in_background, ordinary
 from .run_folder import claimed, remove_old, run_folder, tidy
 
@@ -48,6 +49,8 @@ class SavedChunk:
     latents: Tensor  # (B, 16, 9, H, W), normalised
     memory: Memory  # with this chunk in it
     rng_state: Tensor  # uint8
+    change: Change | None = None  # of the prompt, which took effect with this chunk
+    finished: bool = False  # it is the last one because somebody has said so
 
 
 @dataclass(frozen=True)
@@ -96,21 +99,30 @@ class SavedRun:
     def __init__(self, folder: Path, kind: Kind):
         self.folder, self.key, self.kind = folder, folder.name, kind
         self.digests: list[str] = []
+        self.changes: dict[int, Change] = {}  # of the prompt, in the chunks that were counted
         self.cleaned_up = False
 
     def path(self, index: int) -> Path:
         return self.folder / f"chunk_{index:05}.safetensors"
 
     def count(self, chunks: int) -> tuple[int, str | None]:
-        """How many chunks in a row are there and whole, and what is wrong with the next one, if it is there."""
-        self.digests = []
+        """How many chunks in a row are there and whole, and what is wrong with the next one, if it is there.
+
+        `chunks` at most, and none after one that somebody has made the last.
+        """
+        self.digests, self.changes = [], {}
         for index in range(chunks):
             if not os.path.lexists(self.path(index)):
                 return index, None
             try:
-                self.digests.append(self._read(index)[1])
+                saved, digest = self._read(index)
             except BadChunk as error:
                 return index, str(error)
+            self.digests.append(digest)
+            if saved.change:
+                self.changes[index] = saved.change
+            if saved.finished:
+                return index + 1, None
         return chunks, None
 
     def load(self, index: int) -> SavedChunk:
@@ -131,6 +143,9 @@ class SavedRun:
             "follows": self._follows(index),
             "memory": json.dumps({**_describe(chunk.memory.layout), "drifted": chunk.memory.drifted}),
         }
+        if chunk.change or chunk.finished:
+            change = chunk.change.as_dict() if chunk.change else None
+            metadata["steering"] = json.dumps({"change": change, "finished": chunk.finished})
         metadata["digest"] = _digest(tensors, metadata)
         target = self.path(index)
         part = self.folder / f"{uuid.uuid4().hex}.part"
@@ -165,7 +180,7 @@ class SavedRun:
         if digest != _digest(tensors, metadata):
             raise BadChunk(f"{path} is damaged: its contents do not fit its checksum.")
         try:
-            return _from_tensors(tensors, metadata.get("memory", ""), self.kind), digest
+            return _from_tensors(tensors, metadata, self.kind), digest
         except ValueError as error:
             raise BadChunk(f"{path} is no chunk of this video: {error}.") from error
 
@@ -218,7 +233,7 @@ def _to_tensors(chunk: SavedChunk) -> dict[str, Tensor]:
     return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def _from_tensors(tensors: Mapping[str, Tensor], described: str, kind: Kind) -> SavedChunk:
+def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], kind: Kind) -> SavedChunk:
     """Raises ValueError for values that no chunk has."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -227,13 +242,24 @@ def _from_tensors(tensors: Mapping[str, Tensor], described: str, kind: Kind) -> 
         torch.Generator().set_state(tensors["rng_state"])
     except RuntimeError as error:
         raise ValueError("rng_state is no state of a random generator") from error
-    values = parse_json(described.encode())
+    values = parse_json(metadata.get("memory", "").encode())
     drifted = values.pop("drifted", None)
     if not isinstance(drifted, bool) or values != _describe(kind.layout):
         raise ValueError("its memory is laid out in another way")
     statistics = Statistics(tensors["mean"], tensors["var"]) if kind.watched else None
     memory = Memory(tensors["memory"], tensors.get("anchor"), kind.layout, statistics, drifted)
-    return SavedChunk(tensors["latents"], memory, tensors["rng_state"])
+    change, finished = _steering(metadata.get("steering"))
+    return SavedChunk(tensors["latents"], memory, tensors["rng_state"], change, finished)
+
+
+def _steering(described: str | None) -> tuple[Change | None, bool]:
+    """What `save` says of how the chunk was steered; most say nothing."""
+    if described is None:
+        return None, False
+    values = parse_json(described.encode())
+    if values.keys() != {"change", "finished"} or not isinstance(values["finished"], bool):
+        raise ValueError("what it says of its prompt cannot be read")
+    return None if values["change"] is None else Change.from_dict(values["change"]), values["finished"]
 
 
 def _describe(layout: HistoryLayout) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import disk_usage
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,8 @@ from ...helios_core.config import CHUNK_FRAMES
 from ..sockets.decoding import decode_chunk
 from .live_file import LiveFile
 from .mp4 import VideoFile
+
+SPARE_ROOM = 2**28  # bytes on the disk, beside a video's own
 
 
 def video_folder() -> Path:
@@ -35,6 +38,7 @@ class VideoWriter:
         target = (video_folder(), fps, crf, bit_depth)
         self.live = LiveFile(*target) if live else None
         self.files = [self.live if self.live and item == 0 else VideoFile(*target) for item in range(batch)]
+        self.kept: list[Path] = []  # of a run that was cut short
         self._stopped = False
 
     def write(self, position: int, samples: Tensor, vae: Any = None) -> None:
@@ -61,12 +65,21 @@ class VideoWriter:
     def finish(self) -> list[Path]:
         return [file.finish() for file in self.files]
 
+    def keep(self) -> None:
+        """Finish what is there of a video that can be watched, with nothing more to come."""
+        if self.live and all(file.frames for file in self.files):
+            self.kept = self.finish()
+
+    def is_short_of_room(self) -> bool:
+        """Whether the disk could hardly take what is watched once more, as it has to at its end."""
+        return self.live is not None and self.live.size + SPARE_ROOM > disk_usage(video_folder()).free
+
     def __enter__(self) -> VideoWriter:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if kind is not None and not self.kept:
             for file in self.files:
                 file.discard()

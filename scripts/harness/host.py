@@ -61,6 +61,8 @@ class Host:
         models: Path | None = None,
         comfyui: Path | None = None,
         cpu: bool = True,
+        port: int | None = None,
+        api_nodes: bool = False,
         options: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
     ) -> None:
@@ -68,7 +70,10 @@ class Host:
         self.comfyui = (comfyui or comfyui_path()).resolve()
         self.log = self.base / "server.log"
         self.output = self.base / "output"
+        self.port = port  # any that is free, if None
         self.options = ["--preview-method", "latent2rgb", *options]
+        if not api_nodes:  # this also gives pages a content policy
+            self.options.append("--disable-api-nodes")
         if cpu:  # the CPU's default attention is twice as slow
             self.options += ["--cpu", "--use-pytorch-cross-attention"]
         self.env = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
@@ -117,11 +122,11 @@ class Host:
         raise AssertionError
 
     def _launch(self, limit: float) -> Host:
-        port = free_port()
+        port = self.port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), str(self.comfyui / "main.py")]
         command += ["--listen", "127.0.0.1", "--port", str(port), "--base-directory", str(self.base)]
-        command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes"]
+        command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *self.options], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.env

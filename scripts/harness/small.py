@@ -12,6 +12,7 @@ from harness.workflow import to_api
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 FIRST_RUN = "helios_first_run"  # on Helios-Tiny, and small as it is
+ON_TINY = (FIRST_RUN, "helios_live")
 LENGTHS = {"length_1": 1, "length_2": 1, "length_3": 1, "blend": 0}
 SMALL = {"width": 128, "height": 64, "frames": 40, **LENGTHS}  # two chunks: 66 frames
 FRAMES = {FIRST_RUN: 99, "helios_interactive": 99, "helios_extend": 132}  # where it is not 66

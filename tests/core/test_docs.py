@@ -49,3 +49,14 @@ def test_the_first_workflow_lists_every_word_that_its_model_knows():
     kinds = [world[name] for name in ("COLOURS", "SHAPES", "SIZES", "BACKGROUNDS")]
     known = set(" ".join([*(word for kind in kinds for word in kind), *world["MOTIONS"].values()]).split())
     assert known - set(re.findall(r"\w+", note)) == set()
+
+
+def test_who_comes_from_elsewhere_is_led_to_inputs_that_exist():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    table = guide.partition("## Coming from elsewhere")[2]
+    ours = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][1:]
+    words = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8")).values()
+    inputs = {name for told in words for name in told["inputs"]}
+    assert len(ours) > 20
+    named = {name for cell in ours for name in re.findall(r"`(\w+)`", cell)}
+    assert named <= inputs

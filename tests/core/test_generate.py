@@ -179,6 +179,26 @@ def test_chunks_come_as_soon_as_they_are_made(models):
     assert [step.latents.shape[-1] for step in steps[12:]] == [2, 2, 4, 4, 8, 8]
 
 
+@pytest.mark.parametrize(("least", "refused_at", "made"), [(2, 0, 2), (2, 4, 4), (0, 1, 1), (0, 0, 0)])
+def test_a_run_goes_on_beyond_its_chunks_for_as_long_as_it_is_told(models, least, refused_at, made):
+    """first_index is 5, and counts: chunks are asked for by their place in the video."""
+    asked = []
+
+    def more(index):
+        asked.append(index - 5)
+        return index - 5 < refused_at
+
+    case = CASES["distilled 1, 1, 1"]
+    bind = guided(models[1], case.schedule, *oracle.prompts())
+    memory = Memory.empty(1, 8, 8)
+    run = loop.Run(case.schedule, memory, least, torch.Generator().manual_seed(0), first_index=5, more=more)
+    with torch.no_grad():
+        chunks = list(loop.generate(bind, run))
+    assert [chunk.index for chunk in chunks] == [5 + i for i in range(made)]
+    assert [chunk.last for chunk in chunks] == [False] * (made - 1) + [True] * bool(made)
+    assert asked == list(range(least, made + 1))  # once each
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_chunk_that_is_not_finite_ends_the_video(value):
     def bind(index, past):

@@ -88,6 +88,7 @@ def test_every_command_has_its_paths_in_quotes(checkout, tmp_path):
         "test",
         "test-core",
         "soak",
+        "soak-live",
         "bench",
         "bench-gpu",
         "pictures",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 from pathspec import GitIgnoreSpec
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -64,6 +65,38 @@ def test_one_version_of_python_everywhere(project):
     assert project["project"]["requires-python"] == ">=3.11"
     assert project["tool"]["ruff"]["target-version"] == "py311"
     assert project["tool"]["mypy"]["python_version"] == "3.11"
+
+
+def test_the_registry_learns_who_we_are_and_where_to_ask(project):
+    """The registry's own check passes empty fields."""
+    about, comfy = project["project"], project["tool"]["comfy"]
+    address = "https://github.com/ComfyUI-Helios/ComfyUI-Helios"
+    assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", about["name"])
+    assert "comfyui" not in about["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", about["version"])
+    assert 20 < len(about["description"]) <= 200
+    assert about["urls"] == {
+        "Repository": address,
+        "Documentation": f"{address}/blob/main/docs/guide.md",
+        "Bug Tracker": f"{address}/issues",
+    }
+    assert (ROOT / about["license"]["file"]).is_file()
+    assert {"Operating System :: OS Independent", "Environment :: GPU :: NVIDIA CUDA"} <= set(about["classifiers"])
+    assert comfy["PublisherId"] == "comfyui-helios"
+    assert comfy["DisplayName"] == "ComfyUI-Helios"
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+
+
+@pytest.mark.parametrize(("field", "widest", "shape"), [("Icon", 400, 1), ("Banner", 1920, 21 / 9)])
+def test_the_pictures_of_the_registry_are_files_of_this_repository(project, field, widest, shape):
+    address = project["tool"]["comfy"][field]
+    root, _, name = address.partition("/main/")
+    assert root == "https://raw.githubusercontent.com/ComfyUI-Helios/ComfyUI-Helios"
+    with Image.open(ROOT / name) as picture:
+        width, height = picture.size
+    assert width <= widest
+    assert width / height == pytest.approx(shape, rel=0.01)
+    assert (ROOT / name).stat().st_size < 100_000
 
 
 @pytest.fixture(scope="module")

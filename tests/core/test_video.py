@@ -10,7 +10,7 @@ from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.generate import Run, denoise_chunk, generate
 from comfyui_helios.helios_core.history import HistoryLayout, Memory
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
-from comfyui_helios.helios_core.video import EncodedPast, PromptTrack, VideoStart
+from comfyui_helios.helios_core.video import EncodedPast, PromptTrack, Turn, VideoStart
 from harness import oracle
 from harness.errors import difference
 from support.videos import TOLERANCE, Case, below, guided, our_transformer, reference_video
@@ -199,6 +199,48 @@ def test_short_blends(blend, values):
     else:
         track = PromptTrack(prompts, (2, 2), blend)
         assert [track.at(i).unique().item() for i in range(4)] == values
+
+
+def prompt(value):
+    return torch.full((1, 2, 4), float(value))
+
+
+def shown(track, count):
+    return [track.at(index).unique().item() for index in range(count)]
+
+
+SCHEDULED = PromptTrack((prompt(0), prompt(10)), (4, 4), blend=3)  # 0 0 0 0, 0 5 10 10
+
+
+@pytest.mark.parametrize(
+    ("turns", "values"),
+    [
+        ([(2, 100, 0)], [0, 0, 100, 100, 100, 100]),
+        ([(2, 100, 1)], [0, 0, 100, 100, 100, 100]),
+        ([(1, 100, 4)], [0, 25, 50, 75, 100, 100]),
+        ([(0, 100, 2)], [50, 100, 100]),
+        ([(6, 105, 2)], [0, 0, 0, 0, 0, 5, 55, 105, 105]),  # within the schedule's own blend, which then ends
+        ([(1, 100, 4), (3, 150, 2)], [0, 25, 50, 100, 150, 150]),  # from the mixture reached
+        ([(1, 100, 2), (2, 200, 0), (4, 0, 4)], [0, 50, 200, 200, 150, 100, 50, 0, 0]),
+        ([(1, 100, 4), (1, 200, 4)], [0, 50, 100, 150, 200]),  # nobody has seen the first
+    ],
+)
+def test_a_turn_begins_at_the_mixture_that_is_reached(turns, values):
+    turns = [Turn(chunk, prompt(value), transition) for chunk, value, transition in turns]
+    assert shown(replace(SCHEDULED, turns=tuple(turns)), len(values)) == pytest.approx(values)
+
+
+def test_a_track_that_is_turned_on_the_way_says_the_same_and_stays_small():
+    torch.manual_seed(0)
+    base = PromptTrack(tuple(torch.randn(2, 1, 3, 4)), (4, 4), blend=3)
+    turns = tuple(Turn(chunk, torch.randn(1, 3, 4), n) for chunk, n in ((2, 3), (3, 4), (6, 0), (7, 5)))
+    whole, steered = replace(base, turns=turns), base
+    for index in range(14):
+        for turn in turns:
+            if turn.chunk == index:
+                steered = steered.turned(turn)
+                assert (len(steered.embeddings), len(steered.turns)) == (1, 1)
+        assert torch.equal(steered.at(index), whole.at(index))
 
 
 def chunk_of(mean, std):

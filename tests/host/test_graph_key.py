@@ -69,6 +69,9 @@ def test_ids_order_titles_and_what_is_elsewhere_do_not_count(files):
         {"resume": False},
         {"overlap_decode": "off"},
         {"vae": ["7", 0]},
+        {"live": True},
+        {"clip": ["1", 1]},
+        {"until_finished": True},
     ],
 )
 def test_what_does_not_change_latents_does_not_count(files, inputs):

@@ -9,6 +9,7 @@ import torch
 from comfyui_helios.host.stream import live_sessions
 from comfyui_helios.host.stream.live_file import LiveFile
 from comfyui_helios.host.stream.live_sessions import KEPT, Watched, find_session, on_air, sessions, workflow_id
+from comfyui_helios.host.stream.steering import Steering
 from comfyui_helios.nodes.stream import HeliosStreamVideo
 from support.streams import beginning, make_parts, planes, stream_video, temporary_files, watched
 
@@ -50,14 +51,18 @@ def test_without_live_nothing_is_to_be_watched(parts):
     assert sessions() == []
 
 
-def test_live_is_the_last_input_and_off():
-    last = HeliosStreamVideo.define_schema().inputs[-1]
-    assert (last.id, last.default, last.optional) == ("live", False, True)
+def test_its_inputs_came_last_and_are_off():
+    *_, live, clip, until_finished = HeliosStreamVideo.define_schema().inputs
+    assert (live.id, live.default, live.optional) == ("live", False, True)
+    assert (clip.id, clip.optional) == ("clip", True)
+    assert (until_finished.id, until_finished.default, until_finished.optional) == ("until_finished", False, True)
 
 
 def test_the_table_forgets_the_oldest_that_have_ended_and_never_one_that_runs(tmp_path):
     def session():
-        return on_air(LiveFile(tmp_path, 24, 18, "8"), Watched("5:12", None, 33))
+        return on_air(
+            LiveFile(tmp_path, 24, 18, "8"), Watched("5:12", None, 33), Steering(prompts=False, endless=False)
+        )
 
     with session() as running:
         ended = []

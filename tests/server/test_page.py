@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from harness.small import FIRST_RUN, FRAMES, ROOT, SMALL, WORKFLOWS, read_workflow
+from harness.small import FIRST_RUN, FRAMES, ON_TINY, ROOT, SMALL, WORKFLOWS, read_workflow
 
 pytestmark = pytest.mark.browser
 UPDATE = bool(os.environ.get("UPDATE_PICTURES"))  # `make pictures` takes them anew, with Helios-Tiny
@@ -41,6 +41,8 @@ OVERLAPS = """() => { const title = 30, height = node => Math.max(node.size[1], 
         && a.pos[1] - title < b.pos[1] + height(b) && b.pos[1] - title < a.pos[1] + height(a)
     const nodes = app.graph.nodes
     return nodes.flatMap((a, i) => nodes.slice(i + 1).filter(b => over(a, b)).map(b => `${a.type} ${b.type}`)) }"""
+ADVANCED = """() => app.graph.nodes.filter(node => node.type.startsWith('Helios')).flatMap(node => (node.widgets ?? [])
+    .filter(widget => widget.options?.advanced && node.isWidgetVisible(widget)).map(widget => widget.name))"""
 # The host's CLIPLoader builds UMT5-XXL; see support.small.
 BORROW_CLIP = """() => { const old = app.graph.nodes.find(node => node.type === 'CLIPLoader')
     if (!old) return
@@ -77,8 +79,9 @@ def test_a_workflow_opens_runs_and_plays(page, files, name):
     assert not [node["type"] for node in state["nodes"] if node["missing"] or node["errors"]]
     assert page.warnings() == []
     assert page.page.evaluate(OVERLAPS) == []
+    assert page.page.evaluate(ADVANCED) == []
     shown = {key: value for node in state["nodes"] for key, value in node["widgets"].items()}
-    size = (128, 128) if name == FIRST_RUN else (640, 384)
+    size = (128, 128) if name in ON_TINY else (640, 384)
     assert (shown["width"], shown["height"], shown["fps"]) == (*size, 24)
     if "t2v" in name:
         assert shown["frames"] == 264

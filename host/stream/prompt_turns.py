@@ -1,0 +1,108 @@
+"""Prompts that take over between two chunks: encoded on the node's thread, and given to the guider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+from torch import Tensor
+
+from ...helios_core.text import MAX_TOKENS
+from ...helios_core.video import Turn
+from ..messages import Notes
+from ..out_of_memory import memory_errors
+from ..sampling.guider import HeliosGuider
+from ..sockets.conditioning import check_conditioning
+from ..sockets.prompt_changes import Change, SteeredPrompts, still_shown
+from ..sockets.text_encoding import encode_prompt, tokenize
+from .mp4 import prompts_beside
+from .steering import Steering
+
+
+def check_steerable(clip: Any, positive: list) -> None:
+    """Raise ValueError where prompts of `clip` could not take over from the ones of this conditioning."""
+    tokenize(clip, "")
+    wrong = next((embedding.shape[1] for embedding, _ in positive if embedding.shape[1] != MAX_TOKENS), None)
+    if wrong is not None:
+        raise ValueError(
+            f"The positive conditioning has {wrong} tokens, and a prompt that is to take over on the way has "
+            f"{MAX_TOKENS}. Encode it with Helios Text Encode or Helios Prompt Schedule, or disconnect `clip`."
+        )
+
+
+class PromptTurns:
+    """Brings into a run what pages ask for, and what its saved chunks were asked for."""
+
+    def __init__(self, guider: HeliosGuider, clip: Any, steering: Steering, notes: Notes, begins_with: str | None):
+        """begins_with: the text of the first prompt, where the graph tells."""
+        self.guider, self.clip, self.steering, self.notes = guider, clip, steering, notes
+        self.begins_with = begins_with
+
+    def replay(self, changes: Mapping[int, Change]) -> None:
+        """Before sampling: take up what has taken effect in chunks that are made.
+
+        Raises ValueError where one of them still shows, further chunks are to be made, and there is no `clip`.
+        """
+        done = self.guider.done
+        for position, change in changes.items():
+            self.steering.done(position, change)
+        shown = still_shown(changes, done)
+        if not shown or not self.guider.run.goes_on(done):
+            return
+        if self.clip is None:
+            raise ValueError(
+                f"The prompt of the saved chunks was changed on the way (after chunk {max(shown)}), and to go on from "
+                "them it has to be encoded again. Connect `clip`, or switch resume off."
+            )
+        for position, change in shown.items():
+            self.guider.turn(Turn(position, self.encode(change), change.transition))
+
+    def take_up(self, position: int) -> bool:
+        """Before chunk `position` of the run: let the newest prompt that is waiting take over, if there is one.
+
+        A run that is under way does not end for a prompt that cannot be had: pages and node say why. Returns whether
+        the text encoder may have taken the place of other models.
+        """
+        change = self.steering.take()
+        if change is None:
+            return False
+        try:
+            with memory_errors("The text encoder", "Load it on the CPU: Load CLIP has `device`."):
+                embedding = self.encode(change)
+        except (ValueError, comfy.model_management.OOM_EXCEPTION) as error:
+            self.steering.refusal = str(error)
+            self.notes.warn(f"A prompt was not applied after chunk {position}. {error}")
+        else:
+            self.guider.turn(Turn(position, embedding, change.transition))
+            self.steering.done(position, change)
+        return True
+
+    def write_beside(self, video: Path) -> None:
+        """The prompts of a video that was steered, for Helios Prompt Schedule."""
+        changes = self.steering.applied
+        if not changes:
+            return
+        run, file = self.guider.run, prompts_beside(video)
+        prompts = SteeredPrompts(self.begins_with, self.guider.next_index - run.first_index, changes)
+        try:
+            file.write_text(prompts.to_json(run.rng.initial_seed()), encoding="utf-8")
+        except OSError as error:  # the video is there all the same
+            self.notes.warn(f"The prompts that took over could not be written to {file} ({error.strerror}).")
+            return
+        self.notes.inform(
+            f"Prompts that took over: {len(changes)}. They are in {file}, for `steered` of Helios Prompt Schedule."
+        )
+
+    def encode(self, change: Change) -> Tensor:
+        """(1, 512, D). Raises ValueError for a text encoder that does not fit the model, or does not work."""
+        [embedding, _], *_ = encode_prompt(self.clip, change.prompt, warn=self.notes.warn)
+        width = self.guider.model_patcher.model.diffusion_model.config.text_dim
+        if embedding.shape[-1] != width:
+            raise ValueError(
+                f"The text encoder on `clip` is {embedding.shape[-1]} wide, the model expects {width}. Connect the one "
+                "that the first prompt was encoded with."
+            )
+        check_conditioning([[embedding, {}]], "clip")
+        return embedding

@@ -1,0 +1,324 @@
+"""A video that is steered while it is made: by the same prompts at the same chunks it is made again, exactly."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from safetensors.torch import load_file
+
+from comfyui_helios.helios_core.schedule import BASE
+from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.files.vae import load_vae
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.offload_patcher import Offloading
+from comfyui_helios.host.sampling.guider import HeliosGuider
+from comfyui_helios.host.sockets.latent import to_vae_space
+from comfyui_helios.host.sockets.prompt_changes import Change, SteeredPrompts
+from comfyui_helios.host.stream import live_sessions, run_folder, video_writer
+from comfyui_helios.host.stream.live_sessions import sessions
+from comfyui_helios.nodes.history import HeliosHistoryInjection
+from comfyui_helios.nodes.prompts import HeliosPromptSchedule
+from comfyui_helios.nodes.sample import HeliosChunkedSampler
+from comfyui_helios.nodes.text import HeliosTextEncode
+from harness.tiny import make_official_folder
+from support.runs import QUICK, run_node
+from support.streams import Parts, WatchedVAE, cleaned_up, graph, stream_video, temporary_files
+
+SIZE = {"width": 64, "height": 64}
+GUIDED = replace(BASE, steps=(2,), guidance_scale=3.0)
+FIRST, SECOND, THIRD = "A red fox.", "A blue lake in the mountains.", "White snow falls at night."
+CHUNKS = 5
+ASKED = {1: [Change("Nobody sees this.", 0), Change(SECOND, 3)], 3: [Change(THIRD, 2)]}  # by the chunks before it
+APPLIED = {1: Change(SECOND, 3), 3: Change(THIRD, 2)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "Helios-Distilled"
+    make_official_folder(path, "distilled")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(str(folder), "fp32")
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    return load_text_encoder(folder, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    """An output folder of its own, no session, and the host's temp folder empty."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(live_sessions, "_sessions", {})
+    for name in temporary_files():
+        (Path(folder_paths.get_temp_directory()) / name).unlink()
+    return tmp_path / run_folder.FOLDER
+
+
+class Killed(BaseException):
+    pass
+
+
+class Pages:
+    """A VAE at whose decoding of a chunk pages ask for what `asked` has under the number of chunks made until then."""
+
+    def __init__(self, asked, finish_after=None, killed_after=None, cancelled_after=None, batch=1):
+        self.asked, self.made, self.step = asked, 0, 1 / batch
+        self.finish_after, self.killed_after, self.cancelled_after = finish_after, killed_after, cancelled_after
+
+    def decode(self, samples):
+        self.made += self.step
+        if sessions():
+            steering = sessions()[-1].steering
+            for change in self.asked.get(self.made, []):
+                steering.ask(change)
+            if self.made == self.finish_after:
+                steering.finish()
+        if self.made == self.killed_after:
+            raise Killed
+        if self.made == self.cancelled_after:
+            comfy.model_management.interrupt_current_processing()
+        return torch.rand((1, 33, *(8 * side for side in samples.shape[3:]), 3))
+
+
+def beginning(clip, chunks=CHUNKS, batch=1):
+    prompts = run_node(HeliosTextEncode, clip, FIRST, "blurry")
+    return run_node(HeliosHistoryInjection, *prompts, frames=33 * chunks, batch_size=batch, **SIZE)
+
+
+def stream(model, clip, pages, schedule=QUICK, start=None, **settings):
+    """(video, latents of all chunks, tail) of a run with `live`; resume is on, and its folder is emptied before."""
+    settings = {"live": True, "clip": clip, "overlap_decode": "off", "resume": True, **settings}
+    start = start or beginning(clip)
+    prompt = graph(seed=5, clip=["1", 1])
+    del prompt["4"]["inputs"]["start_image"], prompt["3"]
+    try:
+        [video, *_], tail = stream_video(
+            Parts(model, pages), start, schedule, 5, unique_id="5", prompt=prompt, **settings
+        )
+    finally:
+        cleaned_up()
+    return Path(video.get_stream_source()), saved_latents(), tail
+
+
+def saved_latents():
+    files = sorted((Path(folder_paths.output_directory) / run_folder.FOLDER).rglob("*.safetensors"))
+    return to_vae_space(torch.cat([load_file(file)["latents"] for file in files], dim=2))
+
+
+def events(steering):
+    return {entry["after_chunk"]: Change(entry["prompt"], entry["transition"]) for entry in steering["applied"]}
+
+
+def of_chunks(latents, first, end):
+    return latents[:, :, 9 * first : 9 * end]
+
+
+@pytest.fixture(scope="module")
+def steered(model, clip, tmp_path_factory):
+    """(JSON beside the video, all latents) of a run that nothing has cut off."""
+    before, folder_paths.output_directory = folder_paths.output_directory, str(tmp_path_factory.mktemp("steered"))
+    try:
+        video, latents, _ = stream(model, clip, Pages(ASKED))
+        return video.with_suffix(".json").read_text(encoding="utf-8"), latents
+    finally:
+        folder_paths.output_directory = before
+
+
+@pytest.mark.parametrize(("schedule", "batch"), [(QUICK, 1), (GUIDED, 2)], ids=["distilled", "guided batch"])
+def test_the_same_seed_and_prompts_give_the_same_latents(model, clip, schedule, batch):
+    video, latents, tail = stream(model, clip, Pages(ASKED, batch=batch), schedule, beginning(clip, batch=batch))
+    assert events(sessions()[-1].describe()["steering"]) == APPLIED
+    script = video.with_suffix(".json").read_text(encoding="utf-8")
+    assert json.loads(script)["seed"] == 5
+
+    widgets = {w.id: w.default for w in HeliosPromptSchedule.define_schema().inputs if w.id not in ("clip", "before")}
+    again = {**widgets, "negative": "blurry", "steered": script}
+    positive, negative, frames, summary = run_node(HeliosPromptSchedule, clip, **again)
+    assert frames == 33 * CHUNKS
+    assert summary.endswith("total: 5 chunks (6.9 s) | steered after chunk 1, 3")
+    start = run_node(HeliosHistoryInjection, positive, negative, frames=frames, batch_size=batch, **SIZE)
+    [made_again] = run_node(HeliosChunkedSampler, model, *start, schedule, 5)
+    assert torch.equal(made_again["samples"], latents)
+    assert torch.equal(made_again["samples"][:, :, -9:], tail["samples"])
+
+
+def test_prompts_show_in_the_chunks_after_them_and_in_no_earlier_one(model, clip, steered):
+    _, latents, _ = stream(model, clip, Pages({}))
+    assert torch.equal(of_chunks(steered[1], 0, 1), of_chunks(latents, 0, 1))
+    for chunk in range(1, CHUNKS):
+        moved = of_chunks(steered[1], chunk, chunk + 1) - of_chunks(latents, chunk, chunk + 1)
+        assert moved.abs().max() > 0.1
+    assert not list(Path(folder_paths.get_temp_directory()).glob("*.json"))  # nobody has steered it
+
+
+@pytest.mark.parametrize("made", [2, 4])
+def test_a_steered_run_that_was_killed_goes_on_to_the_same_latents(model, clip, steered, made):
+    """What was asked for, and had not taken effect when it died, is asked for anew."""
+    with pytest.raises(Killed):
+        stream(model, clip, Pages(ASKED, killed_after=made))
+    later = {position: changes for position, changes in ASKED.items() if position >= made}
+    video, latents, _ = stream(model, clip, Pages(later))
+    assert torch.equal(latents, steered[1])
+    assert video.with_suffix(".json").read_text(encoding="utf-8") == steered[0]
+
+
+def test_what_still_shows_cannot_go_on_without_its_text_encoder(model, clip):
+    start = beginning(clip)
+    with pytest.raises(Killed):
+        stream(model, clip, Pages(ASKED, killed_after=3), start=start)
+    with pytest.raises(ValueError, match=r"changed on the way \(after chunk 1\).*Connect `clip`, or switch resume off"):
+        stream(model, None, Pages({}), start=start)
+
+
+def test_a_whole_one_is_encoded_again_without_it(model, clip, steered):
+    start = beginning(clip)
+    stream(model, clip, Pages(ASKED), start=start)
+    failing = model.clone()
+    failing.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", lambda *_, **__: pytest.fail("it was sampled"))
+    video, latents, _ = stream(failing, None, Pages({}), start=start, live=False)
+    assert torch.equal(latents, steered[1])
+    assert video.with_suffix(".json").read_text(encoding="utf-8") == steered[0]
+
+
+@pytest.mark.parametrize(("finish_after", "chunks"), [(1, 2), (3, 4)])
+def test_it_goes_on_until_somebody_says_finish_and_makes_what_was_asked_at_least(model, clip, finish_after, chunks):
+    """`finish` comes while a chunk is decoded, when the next is decided: it is the last."""
+    settings = {"until_finished": True, "start": beginning(clip, 2)}
+    _, latents, tail = stream(model, clip, Pages({}, finish_after), trim=True, **settings)
+    assert latents.shape[2] == 9 * chunks
+    assert tail["helios"].next_chunk == chunks
+    told = sessions()[-1].describe()
+    assert (told["frames"], told["written"], told["steering"]["finishing"]) == (None, 33 * chunks, True)
+    _, again, _ = stream(model, clip, Pages({}), **settings)  # it has its end
+    assert torch.equal(again, latents)
+
+
+def test_a_run_without_an_end_that_was_killed_goes_on_from_where_it_was(model, clip):
+    settings = {"until_finished": True, "start": beginning(clip, 2)}
+    _, whole, _ = stream(model, clip, Pages(ASKED, finish_after=4), **settings)
+    for file in Path(folder_paths.output_directory).rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(Killed):
+        stream(model, clip, Pages(ASKED, killed_after=3), **settings)
+    _, latents, _ = stream(model, clip, Pages({3: ASKED[3]}, finish_after=4), **settings)
+    assert torch.equal(latents, whole)
+
+
+def test_nobody_could_finish_it_without_live(model, clip):
+    with pytest.raises(ValueError, match="`until_finished` needs `live`"):
+        stream(model, clip, Pages({}), live=False, until_finished=True)
+
+
+def test_it_ends_by_itself_before_the_disk_is_full(model, clip, monkeypatch, shown):
+    room = iter([2**40, 2**40, 1000])
+    monkeypatch.setattr(video_writer, "disk_usage", lambda folder: type("Usage", (), {"free": next(room)}))
+    _, latents, _ = stream(model, clip, Pages({}), until_finished=True, start=beginning(clip, 1))
+    assert latents.shape[2] == 9 * 4
+    assert any("The disk is nearly full" in text for text, _ in shown)
+
+
+def test_a_prompt_that_cannot_be_had_does_not_end_the_run(model, clip, shown):
+    class Failing:
+        """Encodes as the text encoder does, but for the second prompt."""
+
+        tokenizer, calls = clip.tokenizer, []
+
+        def encode_from_tokens_scheduled(self, tokens):
+            self.calls.append(tokens)
+            if len(self.calls) == 1:
+                raise torch.OutOfMemoryError("injected: CUDA out of memory")
+            [[embedding, values]] = clip.encode_from_tokens_scheduled(tokens)
+            return [[embedding[..., :-1] if len(self.calls) == 2 else embedding, values]]
+
+    asked = {1: [Change(SECOND, 0)], 2: [Change(SECOND, 0)], 3: [Change(THIRD, 0)]}
+    stream(model, Failing(), Pages(asked), start=beginning(clip))
+    assert events(sessions()[-1].describe()["steering"]) == {3: Change(THIRD, 0)}
+    said = shown[-1][0]
+    assert "not applied after chunk 1. The text encoder ran out of memory. Load it on the CPU" in said
+    assert "not applied after chunk 2. The text encoder on `clip` is 31 wide, the model expects 32" in said
+    assert SECOND not in said
+
+
+@pytest.mark.parametrize("positive", ["another length", "another text encoder"])
+def test_what_cannot_be_steered_is_refused_before_any_work(model, clip, positive):
+    if positive == "another length":
+        start = beginning(clip)
+        start[0][0][0] = start[0][0][0][:, :77]
+        with pytest.raises(ValueError, match="has 77 tokens, and a prompt that is to take over on the way has 512"):
+            stream(model, clip, Pages({}), start=start)
+    else:
+        with pytest.raises(ValueError, match="Helios reads prompts with UMT5-XXL"):
+            stream(model, object(), Pages({}), start=beginning(clip))
+
+
+@pytest.mark.parametrize("overlap", ["off", "auto"])
+def test_the_text_encoder_has_the_card_to_itself_and_the_model_comes_back(model, clip, folder, monkeypatch, overlap):
+    """With "auto" a thread decodes while the next chunk is denoised, but not while a prompt is encoded."""
+    log, vae = [], load_vae(folder)
+
+    class Decoder(WatchedVAE):
+        def decode(self, samples):
+            log.append("decode")
+            time.sleep(0.2)
+            frames = super().decode(samples)
+            log.append("decoded")
+            return frames
+
+    def ask(call):
+        if call == 1:
+            sessions()[-1].steering.ask(Change(SECOND, 0))
+
+    def wrapper(executor, *args, **kwargs):
+        if log[-1] != "predict":
+            log.append("predict")
+        return executor(*args, **kwargs)
+
+    def load_again(self):
+        log.append("load")
+        original(self)
+
+    class Encoder:
+        tokenizer = clip.tokenizer
+
+        def encode_from_tokens_scheduled(self, tokens):
+            log.append("encode")
+            return clip.encode_from_tokens_scheduled(tokens)
+
+    original = HeliosGuider.load_again
+    monkeypatch.setattr(HeliosGuider, "load_again", load_again)
+    logged = model.clone()
+    logged.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    log.append("begin")
+    stream(logged, Encoder(), Decoder(vae, ask), start=beginning(clip, 3), overlap_decode=overlap)
+    at = log.index("encode")
+    assert log[at - 1 : at + 3] == ["decoded", "encode", "load", "predict"]
+    assert log.count("encode") == 1
+
+
+def test_with_group_offloading_it_is_the_same(folder, clip, steered):
+    offloaded = load_model(str(folder), "fp32", offloading=Offloading("block", 1, "host"))
+    _, latents, _ = stream(offloaded, clip, Pages(ASKED))
+    assert torch.equal(latents, steered[1])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_cancel_keeps_what_is_finished_and_names_it(model, clip, shown, batch):
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(model, clip, Pages(ASKED, cancelled_after=3, batch=batch), start=beginning(clip, batch=batch))
+    [session] = sessions()
+    assert (session.state, session.describe()["file"], session.file.frames) == ("stopped", True, 99)
+    prompts = SteeredPrompts.from_json(session.file.target.with_suffix(".json").read_text(encoding="utf-8"))
+    assert prompts.begins_with == FIRST
+    assert any(f"Cancelled. What was finished is in {session.file.target}" in text for text, _ in shown)
+    assert sum(name.endswith(".mp4") for name in temporary_files()) == batch
