@@ -20,9 +20,9 @@ from harness.small import read_workflow
 
 TARGET = ROOT / "web" / "docs" / "helios_live.webp"
 LIMIT = 300_000  # bytes
-SECONDS, PAUSE = 14, 0.25
+SECONDS, PAUSE = 24, 0.25
 WIDTH = 360  # pixels
-NEXT = "A big blue square spins clockwise on a white background."
+NEXT = "A big blue square spins clockwise on a black background."
 SET = """() => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? []) {
     if (widget.name === 'frames') widget.value = 330
     if (widget.name === 'seed') widget.value = 42 } }"""
@@ -44,6 +44,7 @@ def record() -> list[tuple[Image.Image, float]]:
                 "document.querySelector('.helios-live video')?.currentTime > 0", timeout=300_000
             )
             box = page.page.locator(".helios-steering textarea")
+            page.page.locator(".helios-steering input").fill("1")
             begin = time.monotonic()
             for word in ("", *NEXT.split()):
                 box.press_sequentially(f"{word} " if word else "")

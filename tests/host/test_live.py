@@ -58,6 +58,13 @@ def test_its_inputs_came_last_and_are_off():
     assert (until_finished.id, until_finished.default, until_finished.optional) == ("until_finished", False, True)
 
 
+def test_with_live_it_runs_again_where_nothing_has_changed():
+    """Somebody may steer it another way."""
+    fingerprints = [HeliosStreamVideo.fingerprint_inputs(live=live, seed=3) for live in (True, True, False, False)]
+    assert fingerprints[0] != fingerprints[1]
+    assert fingerprints[2] == fingerprints[3]
+
+
 def test_the_table_forgets_the_oldest_that_have_ended_and_never_one_that_runs(tmp_path):
     def session():
         return on_air(

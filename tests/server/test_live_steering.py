@@ -70,16 +70,18 @@ RUN = """() => { window.ended = null
         app.api.addEventListener(kind, () => { window.ended = kind }, {once: true})
     app.queuePrompt(0).catch(() => {}) }"""
 STATUS = "said => document.querySelector('.helios-live [role=status]').textContent === said"
+STEPS = {"steps_stage_1": 1, "steps_stage_2": 1, "steps_stage_3": 1, "amplify_first_chunk": False}
 VALUES = {
     "folder": "Helios-Tiny-Distilled",
     "positive": "A small red ball circles counterclockwise on a black background.",
     "negative": "",
-    "width": 128,
-    "height": 128,
+    "width": 64,
+    "height": 64,
     "frames": 33,
     "resume": False,
     "live": True,
     "until_finished": True,
+    **STEPS,
 }
 NEXT = "A small blue ball circles counterclockwise on a black background. <b onclick='1'>"
 
@@ -164,13 +166,13 @@ def read_slowly(url, enough):
 @pytest.mark.timeout(300 + 2 * CHUNKS)
 def test_soak_a_long_steered_run_takes_no_more_memory_than_a_short_one(open_host):
     """Watched by one who reads all, one who is slow, and one who leaves; prompts come all the time."""
-    api = small_api("helios_stream", dict(open_host.get("/object_info")), frames=33 * CHUNKS, resume=False, seed=1)
+    api = small_api(
+        "helios_stream", dict(open_host.get("/object_info")), frames=33 * CHUNKS, resume=False, seed=1, **STEPS
+    )
     node, loader = find(api, "HeliosStreamVideo"), find(api, "HeliosDiffusersLoader")
     api["fake"] = {"class_type": "FakeModel", "inputs": {"model": api[node]["inputs"]["model"]}}
     api["fake vae"] = {"class_type": "FakeVAE", "inputs": {}}
     api[node]["inputs"] |= {"live": True, "clip": [loader, 1], "model": ["fake", 0], "vae": ["fake vae", 0]}
-    schedule = find(api, "HeliosDistilledSchedule")
-    api[schedule]["inputs"] |= {"amplify_first_chunk": False, **{f"steps_stage_{i}": 1 for i in (1, 2, 3)}}
 
     memory, asked = {}, 0
     with ThreadPoolExecutor(3) as pool:
