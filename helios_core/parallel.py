@@ -50,8 +50,8 @@ def share(total: int, degree: int) -> list[int]:
     return [total // degree + (rank < total % degree) for rank in range(degree)]
 
 
-def share_out(group: dist.ProcessGroup, attend: Attention = sdpa) -> RunBlock:
-    """How `HeliosTransformer` runs its blocks in every process of this group: the flow is the same in all of them.
+def share_out(group: dist.ProcessGroup | None = None, attend: Attention = sdpa) -> RunBlock:
+    """How `HeliosTransformer` runs its blocks in every process of this group, or of all: the flow is the same in each.
 
     attend is given all tokens and some of the heads. Raises ValueError where there are fewer heads or noisy tokens than
     processes.
@@ -87,7 +87,7 @@ def _attend_together(
     keys: list[int],
     heads: list[int],
     attend: Attention,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:
     """Attention of a process's tokens to those of all, (B, its queries, heads, head_dim) -> (B, its queries, D).
 
@@ -100,7 +100,7 @@ def _attend_together(
 
 
 def share_heads(
-    tensors: Sequence[Tensor], tokens: list[int], heads: list[int], group: dist.ProcessGroup
+    tensors: Sequence[Tensor], tokens: list[int], heads: list[int], group: dist.ProcessGroup | None
 ) -> list[Tensor]:
     """Of each (B, a process's tokens, heads, head_dim): (B, all tokens, a process's heads, head_dim)."""
     batch, own, _, head_dim = tensors[0].shape
@@ -116,7 +116,7 @@ def share_heads(
     return [x.transpose(0, 1) for x in incoming.view(-1, len(tensors), batch, own_heads, head_dim).unbind(1)]
 
 
-def share_tokens(x: Tensor, tokens: list[int], widths: list[int], group: dist.ProcessGroup) -> Tensor:
+def share_tokens(x: Tensor, tokens: list[int], widths: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Of (B, all tokens, a process's width): (B, a process's tokens, all widths)."""
     batch, _, width = x.shape
     own = tokens[dist.get_rank(group)]
@@ -127,7 +127,7 @@ def share_tokens(x: Tensor, tokens: list[int], widths: list[int], group: dist.Pr
     return torch.cat(list(parts), dim=-1).transpose(0, 1)
 
 
-def gather(x: Tensor, tokens: list[int], group: dist.ProcessGroup) -> Tensor:
+def gather(x: Tensor, tokens: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Of (B, a process's tokens, D): (B, all tokens, D)."""
     batch, own, width = x.shape
     outgoing = x.transpose(0, 1).reshape(-1).repeat(len(tokens))
@@ -136,7 +136,7 @@ def gather(x: Tensor, tokens: list[int], group: dist.ProcessGroup) -> Tensor:
     return incoming.view(-1, batch, width).transpose(0, 1)
 
 
-def exchange(outgoing: Tensor, given: list[int], taken: list[int], group: dist.ProcessGroup) -> Tensor:
+def exchange(outgoing: Tensor, given: list[int], taken: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Send as many values as `given` says to each process, and take so many from each; both flat."""
     incoming = outgoing.new_empty(sum(taken))
     dist.all_to_all_single(incoming, outgoing, taken, given, group)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host.cluster.cards import find_cards
+from ..host.cluster.cards import find_cards, loading_warning
 from ..host.cluster.remote_model import on_several_cards
 from ..host.compat import advanced, schema
+from ..host.messages import Notes
 from ..host.sampling.inputs import check_model
 
 MOST_CARDS = 40  # as many as there are heads
@@ -45,12 +46,16 @@ class HeliosMultiGPU(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, cards, timeout=0) -> io.NodeOutput:
         check_model("Helios Multi-GPU", model)
         found = find_cards(cards, model)
+        notes = Notes(cls.hidden.unique_id)
+        if warning := loading_warning(model, cards):
+            notes.warn(warning)
         return io.NodeOutput(on_several_cards(model, found, timeout))
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import torch
 import torch.distributed as dist
 
+from ...helios_core.checkpoint import open_checkpoint
+from ..model.loading import converted_on_reading
+
+GB = 1e9
 ON_CPU = "HELIOS_MULTI_GPU_ON_CPU"  # in the environment, for tests: workers without cards
 
 
@@ -33,3 +38,16 @@ def find_cards(count: int, patcher: Any) -> tuple[str | None, ...]:
         raise ValueError("Helios Multi-GPU needs NCCL, which this PyTorch is without: it is there on Linux only.")
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return tuple((visible or [str(i) for i in range(there)])[:count])
+
+
+def loading_warning(patcher: Any, count: int) -> str | None:
+    """The node's warning of weights that each worker converts as it loads them; None where all map the same file."""
+    path, dtype, _ = patcher.model.recipe
+    if converted_on_reading(open_checkpoint(Path(path)), dtype) is None:
+        return None
+    size = comfy.model_management.module_size(patcher.model) / GB
+    return (
+        f"The weights are stored in another dtype than they are used in, and each of {count} workers converts them as "
+        f"it loads: {count} times {size:.1f} GB of the computer's memory until they are on the cards. A file made with "
+        "scripts/convert_checkpoint.py in that dtype is read by all of them, and takes none."
+    )

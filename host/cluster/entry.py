@@ -17,9 +17,10 @@ PACK = "helios_worker"
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "wb")
+    # Not by sys.stdin: Python cannot end while a thread waits for that.
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to the log
-    settings = json.loads(sys.stdin.buffer.readline())
+    settings = json.loads(requests.readline())
     sys.path[0] = settings["comfyui"]  # in place of this file's folder
     arguments = importlib.import_module("comfy.cli_args").args
     vars(arguments).update(settings["arguments"])
@@ -27,7 +28,7 @@ def main() -> None:
     pack.__path__ = [str(Path(__file__).resolve().parents[2])]
     sys.modules[PACK] = pack
     worker = importlib.import_module(f"{PACK}.host.cluster.worker")
-    worker.serve(settings["job"], sys.stdin.buffer, answers)
+    worker.serve(settings["job"], requests, answers)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,8 @@ class ClusterPatcher(comfy.model_patcher.ModelPatcher):
 
 def on_several_cards(patcher: Any, cards: tuple[str | None, ...], patience: float = 0.0) -> Any:
     """A MODEL that has this one's files, LoRAs and options, and computes on these cards; patience: see `Job`."""
+    if isinstance(patcher, ClusterPatcher):
+        raise ValueError("This model went through Helios Multi-GPU already. Take one of the two nodes out.")
     source = patcher.model
     model = RemoteModel(source.model_config, device="meta")
     model.variant, model.files, model.recipe, model.degree = source.variant, source.files, source.recipe, len(cards)

@@ -33,15 +33,16 @@ class Worker:
 
     def __init__(self, job: Mapping[str, Any]):
         self.rank = job["rank"]
-        store = dist.FileStore(job["rendezvous"], job["degree"])
-        dist.init_process_group(job["backend"], store=store, rank=self.rank, world_size=job["degree"], timeout=PATIENCE)
+        dist.init_process_group(
+            job["backend"], job["rendezvous"], timeout=PATIENCE, rank=self.rank, world_size=job["degree"]
+        )
         offloading = None if job["offloading"] is None else Offloading(*job["offloading"])
         self.patcher = load_model(job["path"], job["dtype"], offloading, disable_dynamic=True)
         if job["patches"]:
             self.patcher.patches = read_patches(Path(job["patches"]))
         comfy.model_management.load_models_gpu([self.patcher])
         self.network: HeliosTransformer = self.patcher.model.diffusion_model
-        self.run_block = share_out(dist.group.WORLD, host_attention({}))
+        self.run_block = share_out(attend=host_attention({}))
         self.device = self.patcher.load_device
         self.texts: dict[int, Any] = {}  # prepared, by the server's number
         self.histories: dict[int, Any] = {}
@@ -69,7 +70,8 @@ class Worker:
 
 def history(asked: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> History:
     indices = FrameIndices(**{name: tuple(frames) for name, frames in asked["indices"].items()})
-    return History(*(tensors[name] for name in TENSORS), indices)
+    long, mid, short = (tensors[name] for name in TENSORS)
+    return History(long, mid, short, indices)
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import queue
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import comfy.model_management
 from comfy.cli_args import args
@@ -65,9 +66,11 @@ class Workers:
         self.answers: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
         self.folder = tempfile.TemporaryDirectory(prefix="helios-workers-")
         self.processes: list[subprocess.Popen[bytes]] = []
+        # By hand, when nobody has this object any more, or when the server ends: whichever is first.
+        self.close = weakref.finalize(self, _end, self.processes, self.folder)
         try:
             self._start(write_patches)
-            self._wait(WHILE_LOADING, loading=True)
+            self._wait(WHILE_LOADING, heedless=0.0)
         except BaseException:
             self.close()
             raise
@@ -97,29 +100,14 @@ class Workers:
         began = time.monotonic()
         try:
             for process in self.processes:
-                _write(process, message)
+                # One that hangs reads nothing, and the server must not hang with it.
+                threading.Thread(target=_write, args=(process.stdin, message), daemon=True).start()
             answer = self._wait(self.patience)
         except BaseException:
             self.close()
             raise
         self.slowest = max(self.slowest, time.monotonic() - began)
         return answer
-
-    def close(self) -> None:
-        """End all processes. Safe at any time, and twice."""
-        for process in self.processes:
-            assert process.stdin is not None
-            with suppress(OSError):  # it is gone, and had not read all
-                process.stdin.close()  # which they take for their end
-        deadline = time.monotonic() + TO_END
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.processes.clear()
-        self.folder.cleanup()
 
     def _start(self, write_patches: Any) -> None:
         folder = Path(self.folder.name)
@@ -131,7 +119,7 @@ class Workers:
             "dtype": self.job.dtype,
             "offloading": self.job.offloading,
             "degree": self.degree,
-            "rendezvous": str(folder / "rendezvous"),
+            "rendezvous": (folder / "rendezvous").as_uri(),
             "backend": "gloo" if self.job.cards[0] is None else "nccl",
             "patches": str(patches) if write_patches is not None else None,
         }
@@ -145,26 +133,28 @@ class Workers:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log_file,
+                    bufsize=0,  # a buffer cannot be closed while another thread writes to it
                     env=environment,
                     start_new_session=True,  # an interrupt from the keyboard is for the server
                 )
             self.processes.append(process)
             threading.Thread(target=_read, args=(rank, process.stdout, self.answers), daemon=True).start()
             settings = {"comfyui": comfyui_path(), "arguments": arguments(), "job": {**job, "rank": rank}}
-            _write(process, json.dumps(settings).encode() + b"\n")
+            _write(process.stdin, json.dumps(settings).encode() + b"\n")
 
-    def _wait(self, limit: float, loading: bool = False) -> dict[str, Tensor]:
-        """For an answer of each worker."""
-        deadline = time.monotonic() + limit
+    def _wait(self, limit: float, heedless: float = LEAST_PATIENCE) -> dict[str, Tensor]:
+        """For an answer of each worker. An interrupt counts after this many seconds: it ends the workers, and a step
+        in its usual time is better waited for."""
+        began = time.monotonic()
         waiting = set(range(self.degree))
         first: dict[str, Tensor] = {}
         while waiting:
-            if loading:
+            if time.monotonic() - began >= heedless:
                 comfy.model_management.throw_exception_if_processing_interrupted()
             try:
                 rank, message = self.answers.get(timeout=0.2)
             except queue.Empty:
-                if time.monotonic() > deadline:
+                if time.monotonic() - began > limit:
                     raise WorkerError(self._hung(waiting, limit)) from None
                 continue
             if message is None:
@@ -190,14 +180,29 @@ class Workers:
         said = last_error(Path(self.folder.name) / f"{rank}.log")
         if code < 0:
             said = f"it was killed ({signal.Signals(-code).name})"
-        advice = "The next run starts all of them again; a stream with resume goes on from the last chunk."
-        if "OutOfMemoryError" in said or "out of memory" in said:
-            advice = "The card has too little memory: set group_offload on the loader, or make a smaller video."
-        return f"Helios Multi-GPU: {self._name(rank)} has ended: {said}. {advice}"
+        return (
+            f"Helios Multi-GPU: {self._name(rank)} has ended: {said}. The next run starts all of them again; a stream "
+            "with resume goes on from the last chunk."
+        )
 
     def _name(self, rank: int) -> str:
         card = self.job.cards[rank]
         return f"worker {rank + 1} of {self.degree}" + (f" (card {card})" if card is not None else "")
+
+
+def _end(processes: list[subprocess.Popen[bytes]], folder: tempfile.TemporaryDirectory[str]) -> None:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()  # which they take for their end
+    deadline = time.monotonic() + TO_END
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    processes.clear()
+    folder.cleanup()
 
 
 def comfyui_path() -> str:
@@ -218,15 +223,15 @@ def last_error(path: Path) -> str:
     return said.strip().rstrip(".")
 
 
-def _write(process: subprocess.Popen[bytes], message: bytes) -> None:
-    assert process.stdin is not None
-    with suppress(OSError):  # it has ended, and whoever waits for its answer says so
-        process.stdin.write(message)
-        process.stdin.flush()
+def _write(stream: Any, message: bytes) -> None:
+    rest = memoryview(message)
+    with suppress(OSError, ValueError):  # the worker has ended, and whoever waits for its answer says so
+        while rest:
+            rest = rest[stream.write(rest) :]
 
 
-def _read(rank: int, stream: BinaryIO, answers: queue.SimpleQueue[tuple[int, Message | None]]) -> None:
-    with stream:
+def _read(rank: int, pipe: Any, answers: queue.SimpleQueue[tuple[int, Message | None]]) -> None:
+    with io.BufferedReader(pipe) as stream:
         while (message := receive(stream)) is not None:
             answers.put((rank, message))
     answers.put((rank, None))

@@ -1,0 +1,122 @@
+"""Helios Multi-GPU in our workflows on a real server, with workers on the CPU in place of cards."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from harness.client import ExecutionFailed, ExecutionInterrupted, run_workflow
+from harness.errors import difference
+from harness.host import Host
+from harness.small import find, small_api, with_latents
+
+TOLERANCE = 2e-5  # of the largest value, as for whole runs
+CHUNKS = 4
+STREAM = "HeliosStreamVideo"
+
+
+@pytest.fixture(scope="module")
+def host(models, tmp_path_factory):
+    with Host(tmp_path_factory.mktemp("cluster"), models=models, env={"HELIOS_MULTI_GPU_ON_CPU": "1"}) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def info(host):
+    return dict(host.get("/object_info"))
+
+
+def on_two(api):
+    """The same graph, with its model on two workers."""
+    loader = find(api, "HeliosDiffusersLoader")
+    for node in api.values():
+        if node["inputs"].get("model") == [loader, 0]:
+            node["inputs"]["model"] = ["cards", 0]
+    api["cards"] = {"class_type": "HeliosMultiGPU", "inputs": {"model": [loader, 0], "cards": 2}}
+    return api
+
+
+def saved(host, api):
+    """The latents that a graph saves."""
+    files = [host.output / file["subfolder"] / file["filename"] for file in run_workflow(host.url, api).files()]
+    [latents] = [load_file(file)["latent_tensor"] for file in files if file.suffix == ".latent"]
+    return latents
+
+
+def workers(host):
+    """Process ids of the server's workers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, parent = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2]
+        except OSError:  # it has ended meanwhile
+            continue
+        if b"host/cluster/entry.py" in command and int(parent.split()[1]) == host.process.pid:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def stream_api(info, **inputs):
+    api = small_api("helios_stream", info, **{"frames": 33 * CHUNKS, "resume": True, "seed": 5, **inputs})
+    latent = {"samples": [find(api, STREAM), 1], "filename_prefix": "tail"}
+    api["tail"] = {"class_type": "SaveLatent", "inputs": latent}
+    return api
+
+
+def after_chunks(host, count, act):
+    """An on_event that acts once, when so many chunks of a stream are saved."""
+    done = []
+
+    def on_event(event):
+        if not done and len(list(host.output.glob("helios_resume/*/chunk_*.safetensors"))) >= count:
+            done.append(True)
+            act()
+
+    return on_event
+
+
+@pytest.mark.parametrize("name", ["helios_t2v_distilled", "helios_t2v_mid", "helios_interactive"])
+def test_a_workflow_has_the_latents_of_one_card(host, info, name):
+    expected = saved(host, with_latents(small_api(name, info), "one"))
+    assert difference(saved(host, on_two(with_latents(small_api(name, info), "two"))), expected) <= TOLERANCE
+    assert len(workers(host)) == 2
+
+
+def test_interrupted_it_keeps_its_workers_and_goes_on(host, info):
+    api = on_two(stream_api(info))
+    with pytest.raises(ExecutionInterrupted):
+        run_workflow(host.url, api, on_event=after_chunks(host, 1, host.interrupt))
+    there = workers(host)
+    assert len(there) == 2
+    expected = saved(host, stream_api(info, resume=False))
+    assert difference(saved(host, api), expected) <= TOLERANCE
+    assert "Resumed after chunk" in host.log.read_text()
+
+
+def test_killed_workers_are_told_and_the_video_is_resumed(host, info):
+    api = on_two(stream_api(info, seed=6))
+    before = len(list(host.output.glob("helios_resume/*/chunk_*.safetensors")))
+    kill = after_chunks(host, before + 1, lambda: os.kill(workers(host)[1], signal.SIGKILL))
+    with pytest.raises(ExecutionFailed, match=r"worker \d of 2 has ended: it was killed \(SIGKILL\)"):
+        run_workflow(host.url, api, on_event=kill)
+    assert workers(host) == []
+    expected = saved(host, stream_api(info, seed=6, resume=False))
+    assert difference(saved(host, api), expected) <= TOLERANCE
+    assert host.log.read_text().count("Resumed after chunk") == 2
+
+
+def test_no_worker_outlives_the_server(models, tmp_path):
+    with Host(tmp_path, models=models, env={"HELIOS_MULTI_GPU_ON_CPU": "1"}) as host:
+        info = dict(host.get("/object_info"))
+        saved(host, on_two(with_latents(small_api("helios_t2v_distilled", info), "two")))
+        there = workers(host)
+        assert len(there) == 2
+        host.process.kill()
+        host.process.wait()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in there):
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in there)
