@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ...helios_core.checkpoint import open_checkpoint
 from ..model.loading import converted_on_reading
+from ..model.offload_patcher import OffloadPatcher
 
 GB = 1e9
 ON_CPU = "HELIOS_MULTI_GPU_ON_CPU"  # in the environment, for tests: workers without cards
@@ -46,8 +47,9 @@ def loading_warning(patcher: Any, count: int) -> str | None:
     if converted_on_reading(open_checkpoint(Path(path)), dtype) is None:
         return None
     size = comfy.model_management.module_size(patcher.model) / GB
+    long = "as long as they run" if isinstance(patcher, OffloadPatcher) else "until they are on the cards"
     return (
         f"The weights are stored in another dtype than they are used in, and each of {count} workers converts them as "
-        f"it loads: {count} times {size:.1f} GB of the computer's memory until they are on the cards. A file made with "
+        f"it loads: {count} times {size:.1f} GB of the computer's memory, {long}. A file made with "
         "scripts/convert_checkpoint.py in that dtype is read by all of them, and takes none."
     )

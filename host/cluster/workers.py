@@ -94,7 +94,7 @@ class Workers:
         return self.numbers
 
     def ask(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the first worker answers, once all have."""
+        """What the first worker answers, once all have. A header's "do" names what is asked, and "flow" is a step."""
         forgotten, self.forgotten[:] = self.forgotten[:], []
         message = packed({**header, "forget": forgotten}, tensors)
         began = time.monotonic()
@@ -106,7 +106,8 @@ class Workers:
         except BaseException:
             self.close()
             raise
-        self.slowest = max(self.slowest, time.monotonic() - began)
+        if header["do"] == "flow":
+            self.slowest = max(self.slowest, time.monotonic() - began)
         return answer
 
     def _start(self, write_patches: Any) -> None:

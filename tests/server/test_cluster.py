@@ -1,6 +1,8 @@
 """Helios Multi-GPU in our workflows on a real server, with workers on the CPU in place of cards."""
 
 import os
+import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,12 +17,18 @@ from harness.small import find, small_api, with_latents
 
 TOLERANCE = 2e-5  # of the largest value, as for whole runs
 CHUNKS = 4
+STEPS = 12 + 6 * (CHUNKS - 1)  # the first chunk is amplified
+KILLS = int(os.environ.get("HELIOS_KILLS", "3"))  # `make soak` takes 20
+TEMP = "system_temp"
 STREAM = "HeliosStreamVideo"
 
 
 @pytest.fixture(scope="module")
 def host(models, tmp_path_factory):
-    with Host(tmp_path_factory.mktemp("cluster"), models=models, env={"HELIOS_MULTI_GPU_ON_CPU": "1"}) as host:
+    base = tmp_path_factory.mktemp("cluster")
+    (base / TEMP).mkdir()
+    environment = {"HELIOS_MULTI_GPU_ON_CPU": "1", "TMPDIR": str(base / TEMP)}
+    with Host(base, models=models, env=environment) as host:
         yield host
 
 
@@ -78,6 +86,23 @@ def after_chunks(host, count, act):
     return on_event
 
 
+def killing(host, step, victim):
+    """An on_event that kills a worker once, when a stream has made this step."""
+    done = []
+
+    def on_event(event):
+        if event.kind == "progress" and event.data["max"] == STEPS and event.data["value"] >= step and not done:
+            done.append(True)
+            os.kill(workers(host)[victim], signal.SIGKILL)
+
+    return on_event
+
+
+def left_in_temp(host):
+    """What workers have left in the system's folder for temporary files."""
+    return list((host.base / TEMP).glob("helios-workers-*"))
+
+
 @pytest.mark.parametrize("name", ["helios_t2v_distilled", "helios_t2v_mid", "helios_interactive"])
 def test_a_workflow_has_the_latents_of_one_card(host, info, name):
     expected = saved(host, with_latents(small_api(name, info), "one"))
@@ -96,16 +121,23 @@ def test_interrupted_it_keeps_its_workers_and_goes_on(host, info):
     assert "Resumed after chunk" in host.log.read_text()
 
 
-def test_killed_workers_are_told_and_the_video_is_resumed(host, info):
-    api = on_two(stream_api(info, seed=6))
-    before = len(list(host.output.glob("helios_resume/*/chunk_*.safetensors")))
-    kill = after_chunks(host, before + 1, lambda: os.kill(workers(host)[1], signal.SIGKILL))
-    with pytest.raises(ExecutionFailed, match=r"worker \d of 2 has ended: it was killed \(SIGKILL\)"):
-        run_workflow(host.url, api, on_event=kill)
-    assert workers(host) == []
+@pytest.mark.timeout(240 + 60 * KILLS)
+def test_workers_killed_at_any_moment_are_told_and_the_video_is_resumed(host, info):
+    """Each time another crf, which makes the host run the node again and changes no latents."""
     expected = saved(host, stream_api(info, seed=6, resume=False))
-    assert difference(saved(host, api), expected) <= TOLERANCE
-    assert host.log.read_text().count("Resumed after chunk") == 2
+    seed = random.randrange(10**6)
+    moments = random.Random(seed)
+    for number in range(KILLS):
+        shutil.rmtree(host.output)
+        host.output.mkdir()
+        api = on_two(stream_api(info, seed=6, crf=10 + number))
+        step, victim = moments.randint(1, STEPS - 8), moments.randrange(2)
+        print(f"kill {number + 1} of {KILLS} (seed {seed}): worker {victim + 1} at step {step}")
+        with pytest.raises(ExecutionFailed, match=r"worker \d of 2 has ended"):
+            run_workflow(host.url, api, on_event=killing(host, step, victim))
+        assert workers(host) == [] and left_in_temp(host) == []
+        assert difference(saved(host, api), expected) <= TOLERANCE
+        assert len(workers(host)) == 2
 
 
 def test_no_worker_outlives_the_server(models, tmp_path):
