@@ -36,7 +36,7 @@ help:
 	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
 	@echo "                                                           VENV name its requirements and environment"
 	@echo "make bench-memory host memory of offloading, ours beside diffusers'"
-	@echo "make soak         a server, and a worker, killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
+	@echo "make soak         a server, then workers, killed 20 times (KILLS) at random moments: resumed runs give the same"
 	@echo "make meaning      how often Helios-Tiny's videos show what they were asked for: 64 prompts a variant, hours of a"
 	@echo "                  core; a further run goes on, and build/meaning.md has the table"
 	@echo "make sabotage     which tests of tests/meaning notice what is broken, one thing at a time"
