@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import comfy.model_patcher
@@ -16,7 +16,7 @@ from ..model.foreign_patches import node_of
 from ..model.network import HeliosNetwork
 from ..model.offload_patcher import OffloadPatcher, is_compiled
 from .patches import REFUSED, check_patches, write_patches
-from .worker import TENSORS
+from .wire import taken_apart
 from .workers import Job, Workers
 
 # Fields of a patcher that belong to its model, or say which patchers share one; the last two are of newer hosts.
@@ -47,7 +47,7 @@ class RemoteNetwork(HeliosNetwork):
 
     def prepare_history(self, history: History) -> Any:
         kept = Kept(self._workers)
-        header, tensors = _told(history)
+        header, tensors = taken_apart(history)
         self._workers.ask({"do": "prepare_history", "number": kept.number, **header}, tensors)
         return kept
 
@@ -61,7 +61,7 @@ class RemoteNetwork(HeliosNetwork):
         if isinstance(past, Kept):
             header["history"] = past.number
         else:
-            indices, parts = _told(past)
+            indices, parts = taken_apart(past)
             header |= indices
             tensors |= parts
         return self._workers.ask(header, tensors)["flow"].to(x.device)
@@ -70,10 +70,6 @@ class RemoteNetwork(HeliosNetwork):
     def _workers(self) -> Workers:
         assert self.workers is not None  # the host has loaded the model
         return self.workers
-
-
-def _told(history: History) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return {"indices": asdict(history.indices)}, {name: getattr(history, name) for name in TENSORS}
 
 
 class RemoteModel(HeliosModel):

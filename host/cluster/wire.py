@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ...helios_core.history import FrameIndices, History
+
+TENSORS = ("long", "mid", "short")  # of a History
 LENGTHS = struct.Struct("<QQ")  # of header and tensors
 
 Message = tuple[dict[str, Any], dict[str, Tensor]]
@@ -39,3 +43,13 @@ def receive(stream: BinaryIO) -> Message | None:
     if len(text) < header or len(tensors) < body:
         return None
     return json.loads(text), safetensors.torch.load(tensors) if tensors else {}
+
+
+def taken_apart(history: History) -> Message:
+    return {"indices": asdict(history.indices)}, {name: getattr(history, name) for name in TENSORS}
+
+
+def put_together(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> History:
+    long, mid, short = (tensors[name] for name in TENSORS)
+    indices = FrameIndices(**{name: tuple(frames) for name, frames in header["indices"].items()})
+    return History(long, mid, short, indices)

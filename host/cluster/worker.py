@@ -15,17 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...helios_core.history import FrameIndices, History
 from ...helios_core.parallel import share_out
 from ...helios_core.transformer import HeliosTransformer
 from ..model.loading import load_model
 from ..model.network import host_attention
 from ..model.offload_patcher import Offloading, OffloadPatcher
 from .patches import read_patches
-from .wire import receive, send
+from .wire import put_together, receive, send
 
 PATIENCE = timedelta(days=1)  # the server's is shorter, and it knows what to say
-TENSORS = ("long", "mid", "short")  # of a History
 
 
 class Worker:
@@ -58,20 +56,14 @@ class Worker:
             self.texts[asked["number"]] = given["text"] if offloaded else self.network.prepare_text(given["text"])
             return {}
         if asked["do"] == "prepare_history":
-            self.histories[asked["number"]] = self.network.prepare_history(history(asked, given))
+            self.histories[asked["number"]] = self.network.prepare_history(put_together(asked, given))
             return {}
         text = self.texts[asked["text"]] if asked["text"] is not None else given["text"]
-        past = self.histories[asked["history"]] if asked["history"] is not None else history(asked, given)
+        past = self.histories[asked["history"]] if asked["history"] is not None else put_together(asked, given)
         flow = HeliosTransformer.forward(
             self.network, given["latents"], given["timestep"], text, past, run_block=self.run_block
         )
         return {"flow": flow} if self.rank == 0 else {}
-
-
-def history(asked: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> History:
-    indices = FrameIndices(**{name: tuple(frames) for name, frames in asked["indices"].items()})
-    long, mid, short = (tensors[name] for name in TENSORS)
-    return History(long, mid, short, indices)
 
 
 @torch.inference_mode()

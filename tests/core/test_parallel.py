@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from support import shared_out
 from support.shared_out import DEGREES, DEGREES_OF_RUNS, FORWARDS, SCHEDULES, TASKS, WORKERS, forward, network, video
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 200
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +31,19 @@ def ranks(tmp_path_factory):
     paths = os.pathsep.join(str(ROOT / path) for path in (".", "tests", "scripts"))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     program = [sys.executable, shared_out.__file__, str(folder)]
-    workers = [
-        subprocess.Popen([*program, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(WORKERS)
-    ]
+    logs = [folder / f"{rank}.log" for rank in range(WORKERS)]
+    workers = []
     try:
-        said = [worker.communicate(timeout=PATIENCE)[1] for worker in workers]
+        for rank, log in enumerate(logs):
+            with open(log, "wb") as file:
+                workers.append(subprocess.Popen([*program, str(rank)], env=environment, stderr=file))
+        while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
+            time.sleep(0.1)
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert [worker.returncode for worker in workers] == [0] * WORKERS, "\n".join(said)
+    assert codes == [0] * WORKERS, "\n".join(log.read_text() for log in logs)
     results = []
     for rank in range(WORKERS):
         with safe_open(folder / f"{rank}.safetensors", "pt") as file:
