@@ -35,6 +35,7 @@ WHILE_LOADING = 1800.0  # s, from a slow disk
 LEAST_PATIENCE = 60.0
 FIRST_PATIENCE = 600.0  # for a step before any is known
 TIMES_SLOWEST = 10
+LAST_LINES = 30  # of a log
 TO_END = 5.0  # s, until a process that does not end is killed
 ERROR = re.compile(r"(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 
@@ -178,7 +179,10 @@ class Workers:
             code = process.wait(TO_END)
         except subprocess.TimeoutExpired:
             code = 0
-        said = last_error(Path(self.folder.name) / f"{rank}.log")
+        text = (Path(self.folder.name) / f"{rank}.log").read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        log.error("Helios Multi-GPU: the log of %s ends in\n%s", self._name(rank), "\n".join(lines[-LAST_LINES:]))
+        said = last_error(lines)
         if code < 0:
             said = f"it was killed ({signal.Signals(-code).name})"
         return (
@@ -216,9 +220,8 @@ def arguments() -> dict[str, Any]:
     return {name: x for name, x in vars(args).items() if x is None or isinstance(x, (bool, int, float, str))}
 
 
-def last_error(path: Path) -> str:
+def last_error(lines: Sequence[str]) -> str:
     """The last line of a log that names an error, or the very last."""
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [found[1] for found in map(ERROR.fullmatch, lines) if found]
     said = (errors or lines or ["it said nothing"])[-1]
     return said.strip().rstrip(".")

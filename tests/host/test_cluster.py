@@ -168,12 +168,13 @@ def test_a_worker_that_hangs_is_told(monkeypatch, remote):
     assert all(map(gone, pids))
 
 
-def test_what_fails_in_a_worker_is_told(plain):
-    """A file that is not there, for one."""
+def test_what_fails_in_a_worker_is_told(plain, caplog):
+    """A file that is not there, for one; and the server's log has what led to it."""
     broken = on_several_cards(plain, ON_CPU)
     broken.job = replace(broken.job, path="/nowhere/Helios")
     with pytest.raises(WorkerError, match=r"has ended: .*CheckpointError: /nowhere/Helios does not exist"):
         video(broken)
+    assert "in open_checkpoint" in caplog.text
 
 
 def test_patience_grows_with_the_slowest_step(remote):
@@ -248,12 +249,10 @@ def test_weights_that_every_worker_converts_are_told(monkeypatch, folder, plain,
         assert [("each of 2 workers converts" in text, node) for text, node in shown] == [(True, "5")] * told
 
 
-def test_the_last_error_of_a_log_is_found(tmp_path):
-    path = tmp_path / "log"
+def test_the_last_error_of_a_log_is_found():
     for text, expected in (
         ("", "it said nothing"),
-        ("loading\n\n", "loading"),
+        ("starting\nloading\n", "loading"),
         ("Traceback\n[rank1]: torch.OutOfMemoryError: CUDA out of memory.\nW1 Warning: not destroyed\n", "torch.OutOf"),
     ):
-        path.write_text(text)
-        assert last_error(path).startswith(expected)
+        assert last_error(text.splitlines()).startswith(expected)
