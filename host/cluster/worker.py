@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
@@ -73,15 +74,16 @@ def serve(job: Mapping[str, Any], requests: BinaryIO, answers: BinaryIO) -> None
     An error ends this process: the server reads it in the log.
     """
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=read, args=(requests, waiting), daemon=True).start()
+    threading.Thread(target=read, args=(requests, waiting, job["folder"]), daemon=True).start()
     worker = Worker(job)
     send(answers, {})
     while True:
         send(answers, {}, worker.answer(*waiting.get()))
 
 
-def read(requests: BinaryIO, waiting: queue.SimpleQueue[Any]) -> None:
-    """What is asked, as it comes. Whoever asks is gone: so is this process, whatever it is doing."""
+def read(requests: BinaryIO, waiting: queue.SimpleQueue[Any], folder: str) -> None:
+    """What is asked, as it comes. Whoever asks is gone: so is this process, whatever it is doing, and its folder."""
     while (message := receive(requests)) is not None:
         waiting.put(message)
+    shutil.rmtree(folder, ignore_errors=True)  # the server, if it was killed, has left it
     os._exit(0)

@@ -121,6 +121,7 @@ class Workers:
             "dtype": self.job.dtype,
             "offloading": self.job.offloading,
             "degree": self.degree,
+            "folder": str(folder),
             "rendezvous": (folder / "rendezvous").as_uri(),
             "backend": "gloo" if self.job.cards[0] is None else "nccl",
             "patches": str(patches) if write_patches is not None else None,

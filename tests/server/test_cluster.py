@@ -23,12 +23,14 @@ TEMP = "system_temp"
 STREAM = "HeliosStreamVideo"
 
 
+def without_cards(base, models):
+    (base / TEMP).mkdir()
+    return Host(base, models=models, env={"HELIOS_MULTI_GPU_ON_CPU": "1", "TMPDIR": str(base / TEMP)})
+
+
 @pytest.fixture(scope="module")
 def host(models, tmp_path_factory):
-    base = tmp_path_factory.mktemp("cluster")
-    (base / TEMP).mkdir()
-    environment = {"HELIOS_MULTI_GPU_ON_CPU": "1", "TMPDIR": str(base / TEMP)}
-    with Host(base, models=models, env=environment) as host:
+    with without_cards(tmp_path_factory.mktemp("cluster"), models) as host:
         yield host
 
 
@@ -140,8 +142,8 @@ def test_workers_killed_at_any_moment_are_told_and_the_video_is_resumed(host, in
         assert len(workers(host)) == 2
 
 
-def test_no_worker_outlives_the_server(models, tmp_path):
-    with Host(tmp_path, models=models, env={"HELIOS_MULTI_GPU_ON_CPU": "1"}) as host:
+def test_nothing_of_the_workers_outlives_the_server(models, tmp_path):
+    with without_cards(tmp_path, models) as host:
         info = dict(host.get("/object_info"))
         saved(host, on_two(with_latents(small_api("helios_t2v_distilled", info), "two")))
         there = workers(host)
@@ -152,3 +154,4 @@ def test_no_worker_outlives_the_server(models, tmp_path):
         while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in there):
             time.sleep(0.1)
         assert not any(Path(f"/proc/{pid}").exists() for pid in there)
+        assert left_in_temp(host) == []
