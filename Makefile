@@ -36,7 +36,7 @@ help:
 	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
 	@echo "                                                           VENV name its requirements and environment"
 	@echo "make bench-memory host memory of offloading, ours beside diffusers'"
-	@echo "make soak         a server killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
+	@echo "make soak         a server, then workers, killed 20 times (KILLS) at random moments: resumed runs give the same"
 	@echo "make soak-live    an hour of video (CHUNKS chunks) at 16 times its speed, watched and steered: memory stays flat"
 	@echo "make meaning      how often Helios-Tiny's videos show what they were asked for: 64 prompts a variant, hours of a"
 	@echo "                  core; a further run goes on, and build/meaning.md has the table"
@@ -84,7 +84,7 @@ test-%: setup  # any other folder of tests/
 	@$(PY) scripts/run_tests.py $*
 
 soak: $(ENVIRONMENT) $(HOST)
-	HELIOS_KILLS=$(KILLS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_stream.py -k killed
+	HELIOS_KILLS=$(KILLS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_stream.py tests/server/test_cluster.py -k killed
 
 CHUNKS ?= 2618
 .PHONY: soak-live

@@ -228,11 +228,13 @@ class Block(nn.Module):
         rope: Tensor,
         attend: Attention,
         noisy_only: bool = False,
+        self_attend: Attention | None = None,
     ) -> Tensor:
         """x (B, S, D) in the order [history | noisy], text (B, L, D), time of 6 rows -> (B, S, D).
 
         text may also be what `attn2.keys_values` makes of it. noisy_only returns the noisy tokens alone: all that is
-        left to compute where nothing reads the history any more.
+        left to compute where nothing reads the history any more. self_attend is for the tokens among themselves, where
+        x is only a part of them.
         """
         history_tokens = time.history_tokens
         start = history_tokens if noisy_only else 0
@@ -245,7 +247,7 @@ class Block(nn.Module):
         query = self.attn1.queries(normed[:, start:], rope[:, start:], between)
         keys_values = self.attn1.keys_values(normed, rope, history_tokens, between)
         del normed
-        update = self.attn1(query, keys_values, attend)
+        update = self.attn1(query, keys_values, self_attend or attend)
         del query, keys_values
         blind = 0 if noisy_only or self.cross_attend_history else history_tokens  # tokens that do not see the text
         x, normed = between.gated_residual_norm(x[:, start:], update, gate, self.norm2, blind)

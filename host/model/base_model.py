@@ -76,13 +76,15 @@ class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_s
 class HeliosModel(comfy.model_base.BaseModel):
     """What MODEL sockets carry. `variant` is what the checkpoint says of itself, if it does."""
 
+    network_class: type[HeliosNetwork] = HeliosNetwork
     variant: Variant | None = None
+    recipe: tuple[Any, ...] = ()  # arguments of `load_model` that make it again
     _history: Mapping[str, Any] = {}
     files: Collection[FileFacts] = ()  # that its weights were read from, and may still be mapped to
 
     def __init__(self, model_config: HeliosModelConfig, device: Any = None):
         flow = comfy.model_base.ModelType.FLOW
-        super().__init__(model_config, flow, device=device, unet_model=HeliosNetwork)
+        super().__init__(model_config, flow, device=device, unet_model=self.network_class)
         self.model_sampling = FlowSampling()
 
     @contextmanager

@@ -96,6 +96,7 @@ def make_model(
     config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES))
     model = config.get_model(None, device="meta")
     model.variant, model.files = checkpoint.variant, checkpoint.files
+    model.recipe = (str(checkpoint.path), dtype, offloading)
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
     load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1))
     model.diffusion_model.requires_grad_(False)
@@ -110,5 +111,5 @@ def make_model(
     if offloading is not None:
         patcher.offload(offloading)
     # How newer hosts make a second, independent patcher (torch.compile, multi-GPU).
-    patcher.cached_patcher_init = (load_model, (str(checkpoint.path), dtype, offloading))
+    patcher.cached_patcher_init = (load_model, model.recipe)
     return patcher

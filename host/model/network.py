@@ -18,10 +18,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...helios_core.attention import Attention
 from ...helios_core.config import TransformerConfig
 from ...helios_core.history import History, HistoryLayout
 from ...helios_core.layers import Block, Modulation, Table
-from ...helios_core.prepared import PreparedText
+from ...helios_core.prepared import PreparedHistory, PreparedText
 from ...helios_core.transformer import BlockText, HeliosTransformer
 from .foreign_patches import check_foreign
 from .run_cache import CACHE_KEY, RunCache
@@ -36,6 +37,21 @@ class CastTable(Table, comfy.ops.CastWeightBiasOp):
     def forward(self, device: torch.device) -> Tensor:
         weight: Tensor = comfy.ops.cast_bias_weight(self, dtype=torch.float32, device=device)[0]
         return weight
+
+
+def host_attention(transformer_options: dict[str, Any]) -> Attention:
+    """By whatever backend the user runs, and what other nodes have put into these options."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return comfy.ldm.modules.attention.optimized_attention(
+            query.flatten(2),
+            key.flatten(2),
+            value.flatten(2),
+            heads=query.shape[2],
+            transformer_options=transformer_options,
+        )
+
+    return attend
 
 
 class HeliosNetwork(HeliosTransformer):
@@ -85,18 +101,21 @@ class HeliosNetwork(HeliosTransformer):
         prompt = context if cache is None else cache.text(self, transformer_options.get("uuids", ()), context)
         past = history if cache is None else cache.history(self, history)
         check_foreign(transformer_options)
+        return self._flow(x, timestep, prompt, past, transformer_options)
+
+    def _flow(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        prompt: Tensor | PreparedText,
+        past: History | PreparedHistory,
+        transformer_options: dict[str, Any],
+    ) -> Tensor:
         transformer_options["total_blocks"] = len(self.blocks)
         transformer_options["block_type"] = "double"
         replacements = transformer_options.get("patches_replace", {}).get("dit", {})
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return comfy.ldm.modules.attention.optimized_attention(
-                query.flatten(2),
-                key.flatten(2),
-                value.flatten(2),
-                heads=query.shape[2],
-                transformer_options=transformer_options,
-            )
+        attend = host_attention(transformer_options)
 
         def run_block(
             i: int, block: Block, x: Tensor, text: BlockText, time: Modulation, rope: Tensor, noisy_only: bool

@@ -1,11 +1,13 @@
-"""Whether diffusion model and VAE fit on the device together, both at work."""
+"""Whether diffusion model and VAE fit on their devices, on one together or on two, both at work."""
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from typing import Any
 
 import comfy.model_management
+import torch
 
 from ..compat import is_dynamic
 from ..sampling.guider import HeliosGuider
@@ -15,14 +17,15 @@ WHOLE = 0.98  # the host does not count parameters outside of leaf modules
 
 
 def may_fit(guider: HeliosGuider, vae: Any) -> bool:
-    """Before anything is loaded: whether the device is large enough for both, if nothing else were on it."""
+    """Before anything is loaded: whether the devices are large enough for both, if nothing else were on them."""
     if not hasattr(vae, "memory_used_decode") or not hasattr(vae, "patcher"):
         return False  # not the host's kind of VAE: how much it takes is not known
     if any("hooks" in cond for conds in guider.original_conds.values() for cond in conds):
         return False  # they swap weights between predictions
-    model = guider.model_patcher
-    total = comfy.model_management.get_total_memory(model.load_device)
-    return (model.model_size() + vae.patcher.model_size()) * SPARE + _at_work(guider, vae) < total
+    needed = _at_work(guider, vae)
+    for patcher in (guider.model_patcher, vae.patcher):
+        needed[patcher.load_device] += patcher.model_size() * SPARE
+    return all(size < comfy.model_management.get_total_memory(device) for device, size in needed.items())
 
 
 def fits_now(guider: HeliosGuider, vae: Any) -> bool:
@@ -30,7 +33,8 @@ def fits_now(guider: HeliosGuider, vae: Any) -> bool:
     model = guider.model_patcher
     if not _is_whole(model) or not _is_whole(vae.patcher):
         return False
-    return _at_work(guider, vae) < comfy.model_management.get_free_memory(model.load_device)
+    needed = _at_work(guider, vae)
+    return all(size < comfy.model_management.get_free_memory(device) for device, size in needed.items())
 
 
 def already_loaded(vae: Any) -> Any:
@@ -51,9 +55,12 @@ def _is_whole(patcher: Any) -> bool:
     return not patcher.model.model_lowvram and patcher.loaded_size() >= WHOLE * patcher.model_size()
 
 
-def _at_work(guider: HeliosGuider, vae: Any) -> float:
+def _at_work(guider: HeliosGuider, vae: Any) -> defaultdict[torch.device, float]:
     """Bytes that a prediction and the decoding of one item's chunk need at the same time, weights aside."""
     management = comfy.model_management
     item = (1, *guider.run.chunk_shape[1:])
     decode = vae.memory_used_decode(item, vae.vae_dtype) + management.extra_reserved_memory()
-    return guider.sampling_memory()[0] + max(decode * SPARE, management.minimum_inference_memory())
+    needed: defaultdict[torch.device, float] = defaultdict(float)
+    needed[guider.model_patcher.load_device] += guider.sampling_memory()[0]
+    needed[vae.patcher.load_device] += max(decode * SPARE, management.minimum_inference_memory())
+    return needed

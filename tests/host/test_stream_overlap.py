@@ -109,9 +109,27 @@ def on_a_card(size=100, loaded=100, lowvram=False, dynamic=False):
 )
 def test_on_a_card_both_must_be_there_as_a_whole(monkeypatch, model, vae, free, expected):
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args: free)
-    monkeypatch.setattr(fit_together, "_at_work", lambda *args: 200)
+    monkeypatch.setattr(fit_together, "_at_work", lambda *args: {torch.device("cuda"): 200})
     guider = SimpleNamespace(model_patcher=on_a_card(**model))
     assert fit_together.fits_now(guider, SimpleNamespace(patcher=on_a_card(**vae))) is expected
+
+
+@pytest.mark.parametrize(("device", "whole", "at_work"), [("cuda:0", 440, 220), ("cuda:1", 220, 110)])
+@pytest.mark.parametrize("more", [0, 1])
+def test_each_card_has_to_hold_what_is_on_it(monkeypatch, device, whole, at_work, more):
+    """Weights of 100, or 110 with the host's own factor, and 110 for the work of each: together, or on two cards."""
+    management = comfy.model_management
+    monkeypatch.setattr(management, "get_total_memory", lambda device: whole + more)
+    monkeypatch.setattr(management, "get_free_memory", lambda device: at_work + more)
+    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 0)
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 110)
+    model, decoder = on_a_card(), on_a_card()
+    model.load_device, decoder.load_device = torch.device("cuda:0"), torch.device(device)
+    vae = SimpleNamespace(patcher=decoder, memory_used_decode=lambda *args: 50, vae_dtype=None)
+    run = SimpleNamespace(chunk_shape=(1, 16, 9, 8, 8))
+    guider = SimpleNamespace(model_patcher=model, original_conds={}, run=run, sampling_memory=lambda: (110, 0))
+    assert fit_together.may_fit(guider, vae) is bool(more)
+    assert fit_together.fits_now(guider, vae) is bool(more)
 
 
 def test_they_take_turns_where_hooks_swap_weights(parts):

@@ -1,0 +1,1 @@
+"""A MODEL whose network runs in worker processes, one for each card."""

@@ -1,0 +1,62 @@
+"""Run a model on several cards."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..host.cluster.cards import find_cards, loading_warning
+from ..host.cluster.remote_model import on_several_cards
+from ..host.compat import advanced, schema
+from ..host.messages import Notes
+from ..host.sampling.inputs import check_model
+
+MOST_CARDS = 40  # as many as there are heads
+
+
+class HeliosMultiGPU(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="HeliosMultiGPU",
+            display_name="Helios Multi-GPU",
+            category="Helios",
+            description=(
+                "Makes one video on several cards of this machine: each computes a part of every step. Every card "
+                "needs room for the whole model, or group_offload on the loader."
+            ),
+            search_aliases=["helios", "multi gpu", "several cards", "sequence parallel", "ulysses"],
+            inputs=[
+                io.Model.Input("model", tooltip="From a Helios loader, with LoRAs on it or without."),
+                io.Int.Input(
+                    "cards",
+                    default=2,
+                    min=2,
+                    max=MOST_CARDS,
+                    tooltip="How many. 2, 4, 5 and 8 share the work out evenly.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "timeout",
+                    default=0,
+                    min=0,
+                    max=86_400,
+                    optional=True,
+                    tooltip="Seconds after which a step counts as hung. 0: ten times the slowest step so far, at least "
+                    "a minute.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, cards, timeout=0) -> io.NodeOutput:
+        check_model("Helios Multi-GPU", model)
+        found = find_cards(cards, model)
+        notes = Notes(cls.hidden.unique_id)
+        if warning := loading_warning(model, cards):
+            notes.warn(warning)
+        return io.NodeOutput(on_several_cards(model, found, timeout))
+
+
+NODES = [HeliosMultiGPU]
