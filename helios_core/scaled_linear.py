@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-ROWS_AT_ONCE = 1 << 22  # values, whose copies in float32 quantising and comparing take
+VALUES_AT_ONCE = 1 << 18  # of which quantising and comparing hold copies in float32 and float64
 
 
 class ScaledLinear(nn.Module):
@@ -36,7 +36,7 @@ def scale_of(weight: Tensor) -> Tensor:
     """The scale (), float32, with which float8_e4m3fn just holds the largest value of a weight."""
     low, high = weight.aminmax()
     largest = torch.maximum(-low, high).float()
-    return torch.where(largest > 0, largest / LARGEST, 1.0)
+    return torch.where(largest == 0, 1.0, largest / LARGEST)
 
 
 def quantise(weight: Tensor, scale: Tensor) -> Tensor:
@@ -59,5 +59,5 @@ def relative_error(weight: Tensor, quantised: Tensor, scale: Tensor) -> float:
 
 
 def _rows(weight: Tensor) -> Iterator[slice]:
-    step = max(1, ROWS_AT_ONCE // max(1, weight[0].numel()))
+    step = max(1, VALUES_AT_ONCE // max(1, weight[0].numel()))
     return (slice(start, start + step) for start in range(0, weight.shape[0], step))

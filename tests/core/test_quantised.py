@@ -10,36 +10,24 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_helios.helios_core.checkpoint import open_checkpoint, published_name
-from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.helios_core.checkpoint import CONFIG_KEY, open_checkpoint, published_name
 from comfyui_helios.helios_core.loading import load_transformer
 from comfyui_helios.helios_core.offload import Offloader
-from comfyui_helios.helios_core.predict import bind_transformer
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.scaled_linear import ScaledLinear, quantise, relative_error, scale_of
-from comfyui_helios.helios_core.transformer import HeliosTransformer
-from harness import oracle
 from harness.errors import difference
-from harness.tiny import TINY
 from support.checkpoints import make_weights
+from support.core_videos import CONFIG, QUICK, network, video
 from support.quantised import FP8, KINDS, REPACK, block_layers, mark, scaled, unscaled, write_scaled
-from support.videos import CASES, our_video
-
-TINY_CONFIG = TransformerConfig(**TINY)
-DISTILLED = CASES["distilled 2, 2, 2 amplified"]
 
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return {published_name(name): x for name, x in oracle.weights(oracle.transformer(0)).items()}
+    return {published_name(name): x for name, x in network().state_dict().items()}
 
 
 def layers_of(path: Path) -> dict[str, dict[str, Any]]:
     return {name: dict(layer.settings) for name, layer in open_checkpoint(path).quantised.items()}
-
-
-def values_of(network: HeliosTransformer) -> dict[str, torch.Tensor]:
-    return {name: x.float() for name, x in network.state_dict().items()}
 
 
 def refusal(path: Path) -> str:
@@ -88,23 +76,20 @@ def test_a_legacy_file_says_for_all_layers_how_to_multiply_and_may_have_measured
     assert found[second].parts.keys() == {"weight_scale"}  # 1 stands for: not measured
 
 
-@torch.no_grad()
 def test_a_video_of_scaled_weights_is_that_of_the_weights_they_stand_for(tmp_path, weights):
     layers = block_layers(weights)
-    file = write_scaled(tmp_path / "a.safetensors", weights, layers, config=TINY_CONFIG)
-    save_file(unscaled(weights, layers), tmp_path / "b.safetensors", {"helios_config": json.dumps(TINY)})
-    videos = [
-        our_video(DISTILLED, bind_transformer(load_transformer(path, torch.float32), DISTILLED.schedule, prompt))
-        for path in (file, tmp_path / "b.safetensors")
-        for prompt in [oracle.prompts()[0]]
-    ]
-    assert difference(*videos) <= 1e-6
+    file = write_scaled(tmp_path / "a.safetensors", weights, layers, config=CONFIG)
+    save_file(unscaled(weights, layers), tmp_path / "b.safetensors", {CONFIG_KEY: json.dumps(CONFIG.to_dict())})
+    found, expected = (
+        video(load_transformer(x, torch.float32), QUICK, "cpu") for x in (file, tmp_path / "b.safetensors")
+    )
+    assert difference(found, expected) <= 1e-6
+    assert difference(found, video(network(), QUICK, "cpu")) > 1e-3  # rounding tells
 
 
-@torch.no_grad()
 def test_layers_outside_of_the_blocks_are_decoded_as_they_are_read(tmp_path, weights):
     layers = ["condition_embedder.time_proj", "condition_embedder.time_embedder.linear_1", "proj_out"]
-    file = write_scaled(tmp_path / "a.safetensors", weights, layers, kind="legacy", config=TINY_CONFIG)
+    file = write_scaled(tmp_path / "a.safetensors", weights, layers, kind="legacy", config=CONFIG)
     network = load_transformer(file)
     assert not any(isinstance(module, ScaledLinear) for module in network.modules())
     expected = unscaled(weights, layers)
@@ -114,16 +99,14 @@ def test_layers_outside_of_the_blocks_are_decoded_as_they_are_read(tmp_path, wei
         assert torch.equal(weight, expected[f"{layer}.weight"].to(dtype))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("level", ["block", "leaf"])
 @pytest.mark.parametrize("gather", [True, False])
 def test_scaled_layers_travel_with_their_scales(tmp_path, weights, level, gather):
-    file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=TINY_CONFIG)
-    network, prompt = load_transformer(file, torch.float32), oracle.prompts()[0]
-    expected = our_video(DISTILLED, bind_transformer(network, DISTILLED.schedule, prompt))
-    with Offloader(network, "cpu", level=level, gather=gather, keep_below=0):
-        bound = bind_transformer(network, DISTILLED.schedule, prompt, prepare_prompts=False)
-        assert torch.equal(our_video(DISTILLED, bound), expected)
+    file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=CONFIG)
+    model = load_transformer(file, torch.float32)
+    expected = video(model, QUICK, "cpu", chunks=1)
+    with Offloader(model, "cpu", level=level, gather=gather, keep_below=0):
+        assert torch.equal(video(model, QUICK, "cpu", chunks=1, prepare_prompts=False), expected)
 
 
 def test_quantising_uses_the_whole_range_and_reports_its_error():
