@@ -1,0 +1,164 @@
+"""Quantised checkpoints as the host's MODEL: its own quantised layers in the blocks, ordinary ones everywhere else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import comfy.ops
+import comfy.sd
+import pytest
+import torch
+from comfy.quant_ops import QuantizedTensor
+from safetensors.torch import save_file
+
+from comfyui_helios.helios_core.checkpoint import published_name
+from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.host.model import offload_patcher
+from comfyui_helios.host.model.compiled import compile_blocks
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.lora import add_lora
+from comfyui_helios.host.model.offload_patcher import Offloading
+from harness.errors import difference
+from harness.tiny import TEXT_DIM
+from support.checkpoints import make_weights
+from support.core_videos import CONFIG, network
+from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
+from support.quantised import KINDS, REPACK, block_layers, unscaled, write_scaled
+from support.runs import QUICK, sample
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {published_name(name): x for name, x in network().state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def layers(weights):
+    return block_layers(weights)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory, weights, layers):
+    return str(write_scaled(tmp_path_factory.mktemp("models") / "a.safetensors", weights, layers, config=CONFIG))
+
+
+def kinds_of(model):
+    """By name: the dtype in which a parameter is stored, and whether it is the host's quantised kind."""
+    kinds = {}
+    for name, x in model.model.diffusion_model.named_parameters():
+        quantised = isinstance(x, QuantizedTensor)
+        kinds[name] = (x._qdata.dtype if quantised else x.dtype, quantised)
+    return kinds
+
+
+@pytest.mark.parametrize(
+    ("choice", "rest"), [("auto", torch.float32), ("bf16", torch.bfloat16), ("fp8_e4m3fn", torch.float32)]
+)
+def test_every_dtype_is_what_the_file_and_the_widget_say(file, layers, choice, rest):
+    """auto is float32 on this processor, as for files that are not quantised."""
+    for name, kind in kinds_of(load_model(file, choice)).items():
+        expected = (rest, False)
+        if name.removesuffix(".weight") in layers:
+            expected = (torch.float8_e4m3fn, True)
+        elif "time_embedder" in name or "table" in name or "norm2" in name:
+            expected = (torch.float32, False)
+        assert kind == expected, name
+
+
+def test_only_quantised_layers_are_of_the_hosts_quantised_kind(tmp_path, weights, layers):
+    """It would keep all others in the dtype that it computes in."""
+    file = write_scaled(tmp_path / "a.safetensors", weights, layers[:3], config=CONFIG)
+    model = load_model(str(file), "bf16").model.diffusion_model
+    ordinary = {name for name, x in model.named_modules() if isinstance(x, comfy.ops.disable_weight_init.Linear)}
+    assert ordinary.isdisjoint(layers[:3])
+    assert ordinary >= {*layers[3:], "proj_out"}
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory, weights, layers):
+    """The MODEL of the weights that the file stands for."""
+    target = tmp_path_factory.mktemp("rounded") / "b.safetensors"
+    return load_model(str(write_scaled(target, unscaled(weights, layers), [], config=CONFIG)), "fp32")
+
+
+@pytest.fixture(scope="module")
+def expected(rounded):
+    return sample(rounded, QUICK)["samples"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_makes_the_video_of_the_weights_it_stands_for(tmp_path, weights, layers, expected, kind):
+    prefix, names = {"metadata": ("", REPACK), "marks": ("model.diffusion_model.", {})}.get(kind, ("transformer.", {}))
+    path = tmp_path / "a.safetensors"
+    write_scaled(path, weights, layers, kind=kind, config=CONFIG, prefix=prefix, names=names)
+    assert difference(sample(load_model(str(path), "fp32"), QUICK)["samples"], expected) <= 1e-5
+
+
+@pytest.fixture
+def all_layers_travel(monkeypatch):
+    monkeypatch.setattr(offload_patcher, "KEEP_BELOW", 0)
+
+
+OFFLOADINGS = [Offloading("block"), Offloading("block", 2, "disk"), Offloading("leaf"), Offloading("leaf", 1, "disk")]
+
+
+@pytest.mark.usefixtures("all_layers_travel")
+@pytest.mark.parametrize("how", OFFLOADINGS, ids=str)
+def test_under_group_offloading_the_latents_are_the_same(file, how):
+    model = load_model(file, "fp32", how)
+    assert torch.equal(sample(model, QUICK)["samples"], sample(load_model(file, "fp32"), QUICK)["samples"])
+    travelling = [weight for group in model.offloader.groups for weight in group.in_buffer]
+    scaled = [weight for weight in travelling if isinstance(weight.own, QuantizedTensor)]
+    assert len(scaled) == 20
+    assert all(weight.size == weight.own.numel() + 4 for weight in scaled)  # a byte for each value, and the scale
+
+
+def with_lora(model):
+    """A LoRA on every matrix of the blocks, loud enough to tell."""
+    tensors = in_layout(LAYOUTS["Helios' training"], matrices(IN_BLOCKS))
+    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)[0]
+
+
+@pytest.mark.usefixtures("all_layers_travel")
+@pytest.mark.parametrize("how", [None, OFFLOADINGS[0], OFFLOADINGS[3]], ids=str)
+def test_a_lora_does_what_it_does_to_the_decoded_weights(file, rounded, expected, how):
+    change = sample(with_lora(rounded), QUICK)["samples"] - expected
+    model = load_model(file, "fp32", how)
+    found = sample(with_lora(model), QUICK)["samples"] - sample(model, QUICK)["samples"]
+    # The host rounds what it has patched to fp8 again; group offloading decodes it and leaves it so.
+    assert (found - change).square().mean() < (0.25 if how is None else 1e-8) * change.square().mean()
+    assert change.abs().max() > 1e-3
+
+
+@pytest.mark.usefixtures("all_layers_travel")
+def test_an_offloaded_lora_leaves_nothing_behind(file):
+    model = load_model(file, "fp32", OFFLOADINGS[0])
+    before = sample(model, QUICK)["samples"]
+    assert not torch.equal(sample(with_lora(model), QUICK)["samples"], before)
+    assert torch.equal(sample(model, QUICK)["samples"], before)
+
+
+def test_compiled_blocks_give_the_same_latents(file, expected):
+    torch.compiler.reset()
+    compiled = compile_blocks(load_model(file, "fp32"), "aot_eager", "default", None)
+    assert difference(sample(compiled, QUICK)["samples"], expected) <= 1e-5
+
+
+def test_our_lora_loader_knows_the_sizes_of_quantised_weights(file, tmp_path):
+    save_file(in_layout(LAYOUTS["Wan's own"], matrices(IN_BLOCKS)), tmp_path / "lora.safetensors")
+    said = []
+    notes = SimpleNamespace(inform=said.append, warn=said.append)
+    add_lora(load_model(file, "fp32"), str(tmp_path / "lora.safetensors"), 1.0, notes)
+    assert said == ["40 of 40 tensors of lora.safetensors take effect: a LoRA of rank 4, in the names of Wan."]
+
+
+def test_what_save_model_writes_loads_as_the_same_model(tmp_path):
+    """By its shapes: the host's metadata says nothing of the model."""
+    config = TransformerConfig(num_attention_heads=1, text_dim=TEXT_DIM, freq_dim=32, ffn_dim=64, num_layers=1)
+    weights = {name: 0.1 * weight for name, weight in make_weights(config).items()}
+    layers = block_layers(weights)[1:]
+    model = load_model(str(write_scaled(tmp_path / "a.safetensors", weights, layers)), "fp32")
+    comfy.sd.save_checkpoint(str(tmp_path / "b.safetensors"), model)
+    again = load_model(str(tmp_path / "b.safetensors"), "fp32")
+    assert kinds_of(again) == kinds_of(model)
+    assert torch.equal(sample(again, QUICK)["samples"], sample(model, QUICK)["samples"])
