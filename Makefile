@@ -24,7 +24,7 @@ ENVIRONMENT := $(call escaped,$(VENV))/.installed
 PY := "$(VENV)/bin/python"
 BIN := "$(VENV)/bin"
 
-.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
+.PHONY: bench bench-quant bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -36,6 +36,7 @@ help:
 	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
 	@echo "                                                           VENV name its requirements and environment"
 	@echo "make bench-memory host memory of offloading, ours beside diffusers'"
+	@echo "make bench-quant  what each format of the weights costs and saves, on this CPU; build/quantised.md has the table"
 	@echo "make soak         a server killed 20 times (KILLS) at random moments: every resumed run gives the same latents"
 	@echo "make meaning      how often Helios-Tiny's videos show what they were asked for: 64 prompts a variant, hours of a"
 	@echo "                  core; a further run goes on, and build/meaning.md has the table"
@@ -120,6 +121,9 @@ bench-memory-gpu:
 
 pictures: setup
 	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
+
+bench-quant: $(ENVIRONMENT)
+	@$(PY) benchmarks/quantised.py
 
 bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py

@@ -41,7 +41,7 @@ def scale_of(weight: Tensor) -> Tensor:
 
 def quantise(weight: Tensor, scale: Tensor) -> Tensor:
     """weight / scale in float8_e4m3fn. Takes little memory beside weight and result."""
-    result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    result = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     for rows in _rows(weight):
         result[rows] = (weight[rows].float() / scale).clamp_(-LARGEST, LARGEST).to(result.dtype)
     return result
@@ -49,7 +49,7 @@ def quantise(weight: Tensor, scale: Tensor) -> Tensor:
 
 def relative_error(weight: Tensor, quantised: Tensor, scale: Tensor) -> float:
     """Root of the mean square of what quantising changed, as a fraction of the weight's own."""
-    squares = torch.zeros(2, dtype=torch.float64)
+    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for rows in _rows(weight):
         values = weight[rows].float()
         change = dequantise(quantised[rows], scale, torch.float32) - values

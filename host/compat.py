@@ -107,7 +107,7 @@ def _marks_layers() -> bool:
 
 
 def quantised_formats() -> Collection[str]:
-    """The quantised formats that the host computes with: from 0.16 on by comfy-kitchen, and none where that is not."""
+    """The quantised formats that the host computes with: newer ones by comfy-kitchen, and none where that is not."""
     if not getattr(comfy.quant_ops, "_CK_AVAILABLE", True):
         return ()
     formats: dict[str, Any] = comfy.quant_ops.QUANT_ALGOS

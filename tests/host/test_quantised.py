@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import comfy.ops
 import comfy.sd
+import folder_paths
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -13,18 +14,20 @@ from safetensors.torch import save_file
 
 from comfyui_helios.helios_core.checkpoint import published_name
 from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.model import offload_patcher
 from comfyui_helios.host.model.compiled import compile_blocks
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.lora import add_lora
 from comfyui_helios.host.model.offload_patcher import Offloading
 from harness.errors import difference
-from harness.tiny import TEXT_DIM
+from harness.tiny import TEXT_DIM, make_vae
 from support.checkpoints import make_weights
 from support.core_videos import CONFIG, network
 from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
 from support.quantised import KINDS, REPACK, block_layers, unscaled, write_scaled
 from support.runs import QUICK, sample
+from support.streams import GRAPH, Parts, beginning, cleaned_up, stream_video, watched
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +165,27 @@ def test_what_save_model_writes_loads_as_the_same_model(tmp_path):
     again = load_model(str(tmp_path / "b.safetensors"), "fp32")
     assert kinds_of(again) == kinds_of(model)
     assert torch.equal(sample(again, QUICK)["samples"], sample(model, QUICK)["samples"])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_stream_that_was_cut_off_goes_on_to_the_same_video(file, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("comfyui_helios.host.messages.tell", lambda text, node: said.append(text))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    make_vae(7).save_pretrained(tmp_path / "parts" / "vae")
+    vae, start = load_vae(tmp_path / "parts"), beginning(66)
+
+    def kill(call):
+        raise Killed
+
+    resumed = {"resume": True, "unique_id": "5", "prompt": GRAPH}
+    _, whole = stream_video(Parts(load_model(file, "fp32"), vae), start)
+    with pytest.raises(Killed):
+        stream_video(watched(Parts(load_model(file, "fp32"), vae), kill)[0], start, **resumed)
+    _, again = stream_video(Parts(load_model(file, "fp32"), vae), start, **resumed)
+    cleaned_up()
+    assert said[-1] == "Resumed after chunk 1 of 2."
+    assert torch.equal(again["samples"], whole["samples"])
