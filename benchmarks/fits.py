@@ -9,7 +9,7 @@ Nothing is allocated. The text encoder has gone by then, and the VAE's turn come
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from typing import Any, Literal
 
 import paths  # noqa: F401
 import torch
@@ -17,7 +17,7 @@ import torch
 GB = 1e9
 KEPT = 3  # blocks at either end, by scripts/convert_checkpoint.py
 FORMATS = {"bf16": None, "fp8_scaled": KEPT, "fp8_scaled, all blocks": 0}  # blocks that are kept at either end
-OFFLOADING = ("off", "block", "leaf")
+LEVELS: tuple[Literal["block", "leaf"] | None, ...] = (None, "block", "leaf")
 
 
 def network(kept: int | None) -> Any:
@@ -27,8 +27,7 @@ def network(kept: int | None) -> Any:
     from comfyui_helios.helios_core.transformer import HeliosTransformer
 
     model = HeliosTransformer(TransformerConfig(), dtype=torch.bfloat16, device="meta").requires_grad_(False)
-    blocks = [] if kept is None else model.blocks[kept : len(model.blocks) - kept]
-    for block in blocks:
+    for block in () if kept is None else model.blocks[kept : len(model.blocks) - kept]:
         for name, linear in list(block.named_modules()):
             if isinstance(linear, torch.nn.Linear):
                 parent, _, child = name.rpartition(".")
@@ -63,12 +62,12 @@ def main() -> None:
         print("| format | group_offload | weights on the card | with a forward |\n|---|---|---:|---:|")
         for name, kept in FORMATS.items():
             model = network(kept)
-            for level in OFFLOADING:
+            for level in LEVELS:
                 weights = sum(x.nbytes for x in model.parameters())
-                if level != "off":
+                if level is not None:
                     weights = Offloader(model, "cpu", level=level).device_size
-                whole = weights + activations(cached=level == "off")
-                print(f"| {name} | {level} | {weights / GB:.1f} GB | {whole / GB:.1f} GB |")
+                whole = weights + activations(cached=level is None)
+                print(f"| {name} | {level or 'off'} | {weights / GB:.1f} GB | {whole / GB:.1f} GB |")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ MARK = "comfy_quant"  # beside a layer's weight: the same as bytes, a layer at a
 LEGACY_MARK = "scaled_fp8"  # one for a whole file of the oldest kind, whose layers have a `scale_weight`
 LEGACY_PARTS = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FULL_PRECISION = "full_precision_matrix_mult"  # setting: the host must not multiply in the format
+GROUP_SIZE = "convrot_groupsize"  # setting of int8_tensorwise: how many columns were rotated together
 LARGEST_MARK = 4096  # bytes
 
 Shape = tuple[int, ...]
@@ -129,13 +130,13 @@ def split_quantised(
     settings |= _marked_settings(path, rest)
     layers = {}
     for layer, values in settings.items():
-        if values.get("format") not in FORMATS:
+        if not isinstance(name := values.get("format"), str) or name not in FORMATS:
             raise CheckpointError(
-                f"{path} has {layer} in the quantised format {quoted(values.get('format'))}, which is none of "
+                f"{path} has {layer} in the quantised format {quoted(name)}, which is none of "
                 f"{some(FORMATS)}. Use bf16 weights, or make scaled fp8 ones with scripts/convert_checkpoint.py."
             )
         parts = {part: rest.pop(f"{layer}.{part}") for part in sorted(PART_NAMES) if f"{layer}.{part}" in rest}
-        layers[layer] = QuantisedLayer(values["format"], values, parts)
+        layers[layer] = QuantisedLayer(name, values, parts)
     if left := [tensor.key for name, tensor in rest.items() if name.rpartition(".")[2] in PART_NAMES]:
         raise CheckpointError(
             f"{path} has scales ({some(left)}) of layers that it does not say are quantised, neither by {METADATA_KEY} "
@@ -158,6 +159,10 @@ def misfits(layer: QuantisedLayer, weight: StoredTensor, shape: Shape) -> Iterat
                 f"{' or '.join(map(_said, part.dtypes))}"
             )
     yield from (tensor.key for name, tensor in layer.parts.items() if name not in expected)
+    more = layer.settings.get("params")
+    size = ({**(more if isinstance(more, dict) else {}), **layer.settings}).get(GROUP_SIZE)
+    if size is not None and (type(size) is not int or size < 1 or shape[1] % size):
+        yield f"{weight.key} has {GROUP_SIZE} {quoted(size)} for {shape[1]} columns"
 
 
 def read_parts(layer: QuantisedLayer) -> dict[str, Tensor]:

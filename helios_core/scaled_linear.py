@@ -33,10 +33,15 @@ def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_of(weight: Tensor) -> Tensor:
-    """The scale (), float32, with which float8_e4m3fn just holds the largest value of a weight."""
+    """The scale (), float32, with which float8_e4m3fn holds the largest value of a weight: the least power of two.
+
+    Decoding is exact with it in every dtype. Newer hosts round other scales to the dtype that they compute in, which
+    costs as much as bf16 does.
+    """
     low, high = weight.aminmax()
-    largest = torch.maximum(-low, high).float()
-    return torch.where(largest == 0, 1.0, largest / LARGEST)
+    mantissa, exponent = torch.frexp(torch.maximum(-low, high).float() / LARGEST)  # the mantissa is 0.5 or more, or 0
+    power = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+    return torch.where(mantissa.isfinite(), power, mantissa)
 
 
 def quantise(weight: Tensor, scale: Tensor) -> Tensor:

@@ -14,16 +14,18 @@ from safetensors.torch import save_file
 
 from comfyui_helios.helios_core.checkpoint import published_name
 from comfyui_helios.helios_core.config import TransformerConfig
+from comfyui_helios.helios_core.loading import load_transformer
 from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.model import offload_patcher
 from comfyui_helios.host.model.compiled import compile_blocks
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.lora import add_lora
 from comfyui_helios.host.model.offload_patcher import Offloading
-from harness.errors import difference
+from harness.errors import difference, mean_error
 from harness.tiny import TEXT_DIM, make_vae
 from support.checkpoints import make_weights
-from support.core_videos import CONFIG, network
+from support.core_videos import CONFIG
+from support.core_videos import network as loud_network
 from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
 from support.quantised import KINDS, REPACK, block_layers, unscaled, write_scaled
 from support.runs import QUICK, sample
@@ -32,7 +34,7 @@ from support.streams import GRAPH, Parts, beginning, cleaned_up, stream_video, w
 
 @pytest.fixture(scope="module")
 def weights():
-    return {published_name(name): x for name, x in network().state_dict().items()}
+    return {published_name(name): x for name, x in loud_network().state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,19 @@ def test_every_kind_of_file_makes_the_video_of_the_weights_it_stands_for(tmp_pat
     path = tmp_path / "a.safetensors"
     write_scaled(path, weights, layers, kind=kind, config=CONFIG, prefix=prefix, names=names)
     assert difference(sample(load_model(str(path), "fp32"), QUICK)["samples"], expected) <= 1e-5
+
+
+def test_the_cores_layer_is_as_exact_as_the_hosts(file, weights):
+    name, half = "blocks.1.ffn.net.2", torch.bfloat16
+    networks = load_transformer(file), load_model(file, "bf16").model.diffusion_model
+    x = torch.randn(200, CONFIG.ffn_dim, generator=torch.Generator().manual_seed(0))
+    rounded = unscaled(weights, [name])[f"{name}.weight"]
+    exact = torch.nn.functional.linear(x.to(half).float(), rounded, weights[f"{name}.bias"].to(half).float())
+    with torch.inference_mode():
+        core, host = (mean_error(network.get_submodule(name)(x.to(half)).float(), exact) for network in networks)
+    assert core <= 1.1 * host
+    assert host <= 1.1 * core
+    assert 1e-4 < core < 1e-2  # bf16's, not fp8's
 
 
 @pytest.fixture
