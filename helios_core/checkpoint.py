@@ -90,8 +90,6 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check the headers of a .safetensors file, a transformer folder or an official repository's folder.
 
-    Of a quantised one also what it says of its formats.
-
     Raises CheckpointError unless the weights are those of a Helios transformer, with none missing, left over or of
     another shape. Key layouts and prefixes: diffusers' (older ones included) and ComfyUI's repack. Quantised: as
     ComfyUI does it, in any of `quantised.FORMATS`.

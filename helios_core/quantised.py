@@ -188,21 +188,19 @@ def read_parts(layer: QuantisedLayer) -> dict[str, Tensor]:
 def _legacy_settings(tensors: dict[str, StoredTensor]) -> dict[str, dict[str, Any]]:
     """The layers of a file of the oldest kind, whose parts get the names they have in newer ones."""
     mark = tensors.pop(LEGACY_MARK, None)
-    settings: dict[str, dict[str, Any]] = {}
+    layers = set()
     for name in list(tensors):
         layer, _, part = name.rpartition(".")
-        if part not in LEGACY_PARTS:
-            continue
-        stored = tensors.pop(name)
-        if part == "scale_input" and _is_one(stored):  # which such files say for: not measured
-            continue
-        tensors[f"{layer}.{LEGACY_PARTS[part]}"] = stored
-        weight = tensors.get(f"{layer}.weight")
-        e5m2 = weight is not None and weight.dtype == torch.float8_e5m2
-        settings[layer] = {"format": "float8_e5m2" if e5m2 else "float8_e4m3fn"}
-        if mark is not None and mark.shape == (2,):
-            settings[layer][FULL_PRECISION] = True
-    return settings
+        if part in LEGACY_PARTS:
+            layers.add(layer)
+            stored = tensors.pop(name)
+            if part == "scale_weight" or not _is_one(stored):  # 1 is what such files say for: not measured
+                tensors[f"{layer}.{LEGACY_PARTS[part]}"] = stored
+        elif mark is not None and part == "weight" and tensors[name].dtype in ONE_SCALE.values():
+            layers.add(layer)  # with or without a scale: there ought to be one
+    e5m2 = {layer for layer in layers if (x := tensors.get(f"{layer}.weight")) and x.dtype == torch.float8_e5m2}
+    full = {FULL_PRECISION: True} if mark is not None and mark.shape == (2,) else {}
+    return {layer: {"format": "float8_e5m2" if layer in e5m2 else "float8_e4m3fn", **full} for layer in sorted(layers)}
 
 
 def _is_one(stored: StoredTensor) -> bool:

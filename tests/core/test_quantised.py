@@ -165,6 +165,13 @@ def test_parts_that_are_missing_or_of_another_kind_are_refused(tmp_path, changed
     assert said in refusal(file)
 
 
+def test_a_legacy_file_without_a_scale_is_refused(tmp_path):
+    weights = make_weights()
+    layers = block_layers(weights)
+    file = write_scaled(tmp_path / "a.safetensors", weights, layers, kind="legacy", **{f"{LAYER}__scale_weight": None})
+    assert "blocks.0.attn1.to_q.weight has no weight_scale" in refusal(file)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_a_scale_that_is_none_is_refused(tmp_path, value):
     weights = make_weights()
