@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.ops
@@ -12,13 +13,13 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from safetensors.torch import save_file
 
-from comfyui_helios.helios_core.checkpoint import published_name
+from comfyui_helios.helios_core.checkpoint import open_checkpoint, published_name
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.loading import load_transformer
 from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.model import offload_patcher
 from comfyui_helios.host.model.compiled import compile_blocks
-from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.loading import converted_on_reading, load_model
 from comfyui_helios.host.model.lora import add_lora
 from comfyui_helios.host.model.offload_patcher import Offloading
 from harness.errors import difference, mean_error
@@ -68,6 +69,12 @@ def test_every_dtype_is_what_the_file_and_the_widget_say(file, layers, choice, r
         elif "time_embedder" in name or "table" in name or "norm2" in name:
             expected = (torch.float32, False)
         assert kind == expected, name
+
+
+def test_from_disk_it_runs_in_the_dtype_that_the_rest_is_stored_in(file):
+    checkpoint = open_checkpoint(Path(file))
+    assert converted_on_reading(checkpoint, "fp32") is None
+    assert "of the weights are stored in another dtype" in converted_on_reading(checkpoint, "bf16")
 
 
 def test_only_quantised_layers_are_of_the_hosts_quantised_kind(tmp_path, weights, layers):
