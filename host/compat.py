@@ -133,7 +133,7 @@ def quantised_marks(settings: Settings) -> dict[str, Tensor]:
     return {f"{layer}.comfy_quant": _as_bytes(values) for layer, values in settings.items()}
 
 
-def quantised_for_saving(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def quantised_for_saving(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
     """A network's weights as files hold them: newer hosts take quantised ones apart, 0.3.75 forgets their scales."""
     apart: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -142,7 +142,7 @@ def quantised_for_saving(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         layer = name.removesuffix(".weight")
         apart[name], apart[f"{layer}.weight_scale"] = comfy.quant_ops.TensorCoreFP8Layout.get_plain_tensors(weight)
-        apart[f"{layer}.comfy_quant"] = _as_bytes({"format": "float8_e4m3fn"})
+        apart[f"{layer}.comfy_quant"] = _as_bytes(settings[layer])
     return apart
 
 

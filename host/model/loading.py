@@ -102,10 +102,12 @@ def make_model(
     config = HeliosModelConfig({"image_model": "helios", "config": checkpoint.config})
     cast_dtype = management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES)
     config.set_inference_dtype(weight_dtype, cast_dtype)
+    config.quantised = {name: layer.settings for name, layer in checkpoint.quantised_blocks.items()}
     model = config.get_model(None, device="meta")
     model.variant, model.files = checkpoint.variant, checkpoint.files
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
-    marks = use_quantised_layers(model.diffusion_model, checkpoint, cast_dtype or weight_dtype, load_device)
+    compute_dtype = cast_dtype or weight_dtype
+    marks = use_quantised_layers(model.diffusion_model, checkpoint, config.quantised, compute_dtype, load_device)
     # As nodes run, who calls this may not: the host's quantised weights work in inference mode if they are made in it.
     with torch.inference_mode(bool(checkpoint.quantised) or torch.is_inference_mode_enabled()):
         load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1), marks=marks)

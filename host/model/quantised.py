@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...helios_core.checkpoint import Checkpoint
 from ...helios_core.loading import replace_quantised
 from ...helios_core.regular_file import CheckpointError
-from ..compat import quantised_formats, quantised_linear, quantised_marks
+from ..compat import Settings, quantised_formats, quantised_linear, quantised_marks
 
 # The oldest ComfyUI that was seen to compute with a format.
 SINCE = {"float8_e5m2": "0.24", "mxfp8": "0.24", "nvfp4": "0.24", "int8_tensorwise": "0.33"}
@@ -28,14 +28,13 @@ def check_formats(checkpoint: Checkpoint) -> None:
 
 
 def use_quantised_layers(
-    network: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    network: nn.Module, checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Put the host's quantised layers into a network that is on meta; returns what loading must give them beside.
 
-    dtype: that they compute in. All other layers stay the host's ordinary ones: its quantised kind would keep what is
-    not quantised in the dtype it computes in.
+    settings: of the layers. dtype: that they compute in. All other layers stay the host's ordinary ones: its quantised
+    kind would keep what is not quantised in the dtype it computes in.
     """
-    settings = {name: layer.settings for name, layer in checkpoint.quantised_blocks.items()}
     if not settings:
         return {}
     linear = quantised_linear(settings, dtype, device)
