@@ -108,9 +108,7 @@ def make_model(
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
     compute_dtype = cast_dtype or weight_dtype
     marks = use_quantised_layers(model.diffusion_model, checkpoint, config.quantised, compute_dtype, load_device)
-    # As nodes run, who calls this may not: the host's quantised weights work in inference mode if they are made in it.
-    with torch.inference_mode(bool(checkpoint.quantised) or torch.is_inference_mode_enabled()):
-        load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1), marks=marks)
+    load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1), marks=marks)
     model.diffusion_model.requires_grad_(False)
 
     model.device = offload_device

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...helios_core.checkpoint import Checkpoint
@@ -12,6 +15,27 @@ from ..compat import Settings, quantised_formats, quantised_linear, quantised_ma
 
 # The oldest ComfyUI that was seen to compute with a format.
 SINCE = {"float8_e5m2": "0.24", "mxfp8": "0.24", "nvfp4": "0.24", "int8_tensorwise": "0.33"}
+
+
+class InEitherMode(nn.Module):
+    """Quantised weights that can be computed with in inference mode and moved outside of it.
+
+    The host runs nodes in inference mode, and unloads models from without when it is asked to free memory: what is made
+    of such a weight in one mode then raises in the other. What is made in inference mode works in both.
+    """
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, QuantizedTensor) and not param.is_inference():
+            names, context = param.__tensor_flatten__()
+            inner = {part: getattr(param, part) for part in names}
+            with torch.inference_mode():
+                again = QuantizedTensor.__tensor_unflatten__(inner, context, param.size(), param.stride())
+                param = nn.Parameter(again, requires_grad=False)
+        super().register_parameter(name, param)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> InEitherMode:
+        with torch.inference_mode():
+            return super()._apply(*args, **kwargs)
 
 
 def check_formats(checkpoint: Checkpoint) -> None:
@@ -37,7 +61,7 @@ def use_quantised_layers(
     """
     if not settings:
         return {}
-    linear = quantised_linear(settings, dtype, device)
+    linear: Any = type("Linear", (InEitherMode, quantised_linear(settings, dtype, device)), {})
     # On the CPU: what they are given they move to where they were made, and away from the file they are mapped to.
     replace_quantised(network, checkpoint, lambda old, _: linear(old.in_features, old.out_features, device="cpu"))
     return quantised_marks(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import comfy.model_management
 import comfy.ops
 import comfy.sd
 import folder_paths
@@ -161,7 +162,23 @@ def test_an_offloaded_lora_leaves_nothing_behind(file):
     model = load_model(file, "fp32", OFFLOADINGS[0])
     before = sample(model, QUICK)["samples"]
     assert not torch.equal(sample(with_lora(model), QUICK)["samples"], before)
+    comfy.model_management.unload_all_models()
+    layers = [x for x in model.model.modules() if isinstance(getattr(x, "weight", None), QuantizedTensor)]
+    assert [layer.weight_function for layer in layers] == [[]] * 20
     assert torch.equal(sample(model, QUICK)["samples"], before)
+
+
+@pytest.mark.usefixtures("all_layers_travel")
+@pytest.mark.parametrize("how", [None, OFFLOADINGS[0]], ids=str)
+@pytest.mark.parametrize("change", [lambda model: model, with_lora], ids=["as it is", "with a LoRA"])
+def test_a_model_that_was_unloaded_outside_of_inference_mode_runs_again(file, how, change):
+    """As the host does when it is asked to free memory between two runs."""
+    with torch.inference_mode():
+        model = change(load_model(file, "fp32", how))
+        before = sample(model, QUICK)["samples"]
+    comfy.model_management.unload_all_models()
+    with torch.inference_mode():
+        assert torch.equal(sample(model, QUICK)["samples"], before)
 
 
 def test_compiled_blocks_give_the_same_latents(file, expected):

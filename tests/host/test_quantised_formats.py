@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import comfy.quant_ops
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
+from safetensors.torch import save_file
 
 from comfyui_helios.helios_core.checkpoint import published_name
 from comfyui_helios.helios_core.quantised import FORMATS
@@ -13,10 +16,12 @@ from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.host.compat import quantised_formats
 from comfyui_helios.host.model import offload_patcher
 from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.lora import add_lora
 from comfyui_helios.host.model.offload_patcher import Offloading
 from comfyui_helios.host.model.quantised import SINCE
 from harness.errors import difference
 from support.core_videos import CONFIG, network
+from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
 from support.quantised import block_layers, mark, write_scaled
 from support.runs import QUICK, sample
 
@@ -77,7 +82,7 @@ def packed(weights, layers, name):
 
 @pytest.mark.parametrize("how", [None, Offloading("block"), Offloading("leaf", 1, "disk")], ids=str)
 @pytest.mark.parametrize("name", known_here(True))
-def test_a_format_that_this_host_knows_makes_the_video_of_the_weights_it_stands_for(
+def test_a_format_that_this_host_knows_makes_the_video_of_the_weights_it_stands_for_and_takes_loras(
     tmp_path, weights, name, how, monkeypatch
 ):
     monkeypatch.setattr(offload_patcher, "KEEP_BELOW", 0)
@@ -88,6 +93,11 @@ def test_a_format_that_this_host_knows_makes_the_video_of_the_weights_it_stands_
     expected = load_model(str(write_scaled(tmp_path / "b.safetensors", unpacked, [], config=CONFIG)), "fp32")
     quantised = [x for x in found.model.parameters() if isinstance(x, QuantizedTensor)]
     assert len(quantised) == 20
+    lora = tmp_path / "lora.safetensors"
+    save_file(in_layout(LAYOUTS["Wan's own"], matrices(IN_BLOCKS)), lora)
+    said: list[str] = []
+    add_lora(found, str(lora), 1.0, SimpleNamespace(inform=said.append, warn=said.append))
+    assert said == ["40 of 40 tensors of lora.safetensors take effect: a LoRA of rank 4, in the names of Wan."]
     # int8 rounds what it multiplies with, too.
     allowed = 0.2 if name == "int8_tensorwise" else 1e-5
     assert difference(sample(found, QUICK)["samples"], sample(expected, QUICK)["samples"]) <= allowed

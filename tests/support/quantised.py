@@ -13,7 +13,7 @@ from torch import Tensor
 
 from comfyui_helios.helios_core.checkpoint import CONFIG_KEY
 from comfyui_helios.helios_core.config import TransformerConfig
-from comfyui_helios.helios_core.scaled_linear import dequantise, quantise, scale_of
+from comfyui_helios.helios_core.scaled_linear import quantise, scale_of
 
 Kind = Literal["metadata", "marks", "legacy"]
 KINDS: tuple[Kind, ...] = ("metadata", "marks", "legacy")
@@ -51,10 +51,7 @@ def scaled(weights: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Te
 def unscaled(weights: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
     """The weights with these layers as `scaled` rounds them, in float32."""
     made = scaled(weights, layers)
-    rounded = {
-        f"{layer}.weight": dequantise(made[f"{layer}.weight"], made[f"{layer}.weight_scale"], torch.float32)
-        for layer in layers
-    }
+    rounded = {f"{layer}.weight": made[f"{layer}.weight"].float() * made[f"{layer}.weight_scale"] for layer in layers}
     return dict(weights) | rounded
 
 
