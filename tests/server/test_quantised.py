@@ -38,4 +38,3 @@ def test_scaled_fp8_gives_the_same_latents_before_and_after_memory_is_freed(serv
     for level in ("off", "block"):
         server.post("/free", {"unload_models": True, "free_memory": True})
         assert torch.equal(latents(server, info, scaled, group_offload=level, dtype="fp32"), expected)
-    assert "Couldn't swap" not in server.log.read_text(errors="replace")
