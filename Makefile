@@ -24,7 +24,7 @@ ENVIRONMENT := $(call escaped,$(VENV))/.installed
 PY := "$(VENV)/bin/python"
 BIN := "$(VENV)/bin"
 
-.PHONY: bench bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
+.PHONY: bench bench-quant bench-gpu help setup browser demo test test-core test-host test-gpu bench-memory bench-memory-gpu pictures soak fuzz lint format clean
 
 help:
 	@echo "make setup        environment, a ComfyUI to test with, a browser"
@@ -43,6 +43,7 @@ help:
 	@echo "make sabotage     which tests of tests/meaning notice what is broken, one thing at a time"
 	@echo "make fuzz         spoilt files, widgets, sockets and saved chunks for FUZZ_SECONDS (600), by FUZZ_SEED"
 	@echo "make bench        speed against diffusers on this CPU; rows go to build/bench.json"
+	@echo "make bench-quant  what each format of the weights costs and saves, on this CPU; build/quantised.md has the table"
 	@echo "make gpu          all that needs a CUDA card: tests, the 14B model's shape, decoding, offloading, each with a"
 	@echo "                  file in build/gpu; a further run goes on with what is not finished. PYTHON_GPU names a"
 	@echo "                  Python with torch. Parts of it: test-gpu, bench-gpu, bench-memory-gpu"
@@ -127,6 +128,9 @@ bench-memory-gpu:
 pictures: setup
 	UPDATE_PICTURES=1 $(BIN)/pytest -c tests/pytest.ini --rootdir tests tests/server/test_page.py
 	@$(PY) scripts/draw_help.py
+
+bench-quant: $(ENVIRONMENT)
+	@$(PY) benchmarks/quantised.py
 
 bench-memory: $(ENVIRONMENT)
 	@$(PY) benchmarks/memory.py

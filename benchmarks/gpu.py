@@ -25,6 +25,7 @@ if importlib.util.find_spec("torch") is None:
 import card_tests
 import memory_gpu
 import network_gpu
+import quantised_gpu
 import torch
 from card import REAL, TINY
 from measure import ROOT, Row, machine
@@ -42,6 +43,7 @@ SECONDS = {  # that each part is expected to take on an H200, what is worth most
     "offload_resident": 50,
     "offload_block_disk": 100,
     "offload_leaf_disk": 100,
+    "quantised": 60,
 }
 INTERPRETED = ("tests_fused", "network")  # whose kernels a rehearsal runs in Triton's interpreter
 REHEARSAL_SECONDS = 300  # of a part, on a busy machine
@@ -112,6 +114,8 @@ def rows(name: str, folder: Path, tiny: bool) -> Iterator[Row]:
         return network_gpu.rows(shape, folder)
     if name == "compiled":
         return network_gpu.compiled(shape)
+    if name == "quantised":
+        return quantised_gpu.rows(shape)
     scratch = folder / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
     return memory_gpu.rows(name.removeprefix("offload_"), scratch / "weights.safetensors", tiny)

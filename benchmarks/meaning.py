@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,17 @@ COLUMNS = ("colour", "shape", "motion", "together")
 Line = dict[str, Any]
 
 
-def show(variant: str, held_out: bool, number: int) -> Line:
+def show(variant: str, held_out: bool, number: int, transformer: Path | None) -> Line:
     """What one video shows and ought to, as a line of the result."""
     from detect import find, truth
 
+    from comfyui_helios.host.model.loading import load_model
     from harness.meaning import ask, clips, decode, load, sample, seam_ratios
 
     clip = clips(number + 1, held_out)[number]
     tiny, caption = load(variant).in_steps(*STEPS[variant]), clip.acts[0].caption
+    if transformer is not None:
+        tiny = replace(tiny, model=load_model(str(transformer), "fp32"))
     chunks = 2 if variant == "distilled" else len(clip.acts)  # it is quick, and seams take two
     frames = decode(tiny, sample(tiny, ask(tiny, caption), chunks, seed=number))
     return {
@@ -104,6 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="held-out ones, and as many seen ones")
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--variants", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--transformer", type=Path, help="takes the place of the variants' own, as a quantised file")
     parser.add_argument("--table", action="store_true", help="of the videos that are there, and make no more")
     options = parser.parse_args()
 
@@ -117,10 +122,12 @@ def main() -> None:
         options.result.parent.mkdir(parents=True, exist_ok=True)
         options.result.touch()
         lines = [json.loads(line) for line in options.result.read_text(encoding="utf-8").splitlines()]
-        wanted = [(v, held, number) for number in range(options.prompts) for v in STEPS for held in (True, False)]
+        wanted = [
+            (v, held, number) for number in range(options.prompts) for v in options.variants for held in (True, False)
+        ]
         for key in [] if options.table else wanted:
             if not any(is_at(line, *key) for line in lines):
-                lines.append(show(*key))
+                lines.append(show(*key, options.transformer))
                 with options.result.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
         text = table(lines)

@@ -17,6 +17,7 @@ import torch
 
 from .config import TransformerConfig, Variant
 from .json_file import parse_json, read_json, read_json_if_there
+from .quantised import ONE_SCALE, QuantisedLayer, misfits, split_quantised
 from .quoting import quoted
 from .regular_file import CheckpointError, FileFacts
 from .safetensors_file import DTYPES, PICKLES, SHOWN, StoredTensor, read_headers, read_index, some
@@ -44,9 +45,8 @@ RENAMES = tuple(
 BARE = re.compile(r"\b(scale_shift_table|history_key_scale)\.weight$")  # in files without the `.weight`
 BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,8})\.(.+)")  # number of a block, and a tensor's name in it
 HISTORY_PATCHES = ("patch_short.weight", "patch_mid.weight", "patch_long.weight")  # no other model has them
-QUANTISED = re.compile(
-    r"(^|\.)(scaled_fp8|comfy_quant|scale_weight|scale_input|weight_scale|input_scale|absmax|quant_map|weight_packed)$"
-)
+IN_BLOCKS = "blocks."  # where quantised layers stay as they are; elsewhere little is saved by it
+FOREIGN_QUANTISED = re.compile(r"(^|\.)(absmax|quant_map|quant_state\..+|weight_packed|qweight|qzeros)$")
 FOREIGN = tuple(
     (re.compile(pattern), looks_like)
     for pattern, looks_like in (
@@ -64,24 +64,35 @@ FOREIGN = tuple(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The headers of one whole and fitting Helios transformer; `tensors` goes by `HeliosTransformer`'s own names."""
+    """The headers of one whole and fitting Helios transformer; `tensors` goes by `HeliosTransformer`'s own names.
+
+    The weights of `quantised` layers are among them, in the dtype and shape that their formats pack them in.
+    """
 
     path: Path
     config: TransformerConfig
     variant: Variant | None  # None where the files do not say
     tensors: Mapping[str, StoredTensor]
+    quantised: Mapping[str, QuantisedLayer]  # by layer
 
     @property
     def files(self) -> frozenset[FileFacts]:
         """The files that hold the weights, as they were when they were opened."""
-        return frozenset(tensor.source for tensor in self.tensors.values())
+        parts = (part for layer in self.quantised.values() for part in layer.parts.values())
+        return frozenset(tensor.source for tensor in itertools.chain(self.tensors.values(), parts))
+
+    @property
+    def quantised_blocks(self) -> dict[str, QuantisedLayer]:
+        """The layers that stay quantised in memory. Others are decoded as they are read."""
+        return {name: layer for name, layer in self.quantised.items() if name.startswith(IN_BLOCKS)}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read and check the headers of a .safetensors file, a transformer folder or an official repository's folder.
 
     Raises CheckpointError unless the weights are those of a Helios transformer, with none missing, left over or of
-    another shape. Key layouts and prefixes: diffusers' (older ones included) and ComfyUI's repack.
+    another shape. Key layouts and prefixes: diffusers' (older ones included) and ComfyUI's repack. Quantised: as
+    ComfyUI does it, in any of `quantised.FORMATS`.
     """
     path = Path(path)
     if not os.path.exists(path):  # unlike Path.exists, never raises
@@ -91,10 +102,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     folder = _transformer_folder(path) if os.path.isdir(path) else None
     stored, metadata = read_headers([path] if folder is None else _weight_files(folder))
     _refuse_foreign(path, stored)
-    tensors = _canonical(path, stored)
+    tensors, quantised = split_quantised(path, metadata, _canonical(path, stored), _own_layer)
     config = _config(path, folder, metadata, tensors)
-    _check(path, config, tensors)
-    return Checkpoint(path, config, read_variant(path, metadata), tensors)
+    _check(path, config, tensors, quantised)
+    return Checkpoint(path, config, read_variant(path, metadata), tensors, quantised)
 
 
 def own_name(name: str) -> str:
@@ -102,6 +113,12 @@ def own_name(name: str) -> str:
     for pattern, replacement in RENAMES:
         name = pattern.sub(replacement, name)
     return name
+
+
+def _own_layer(layer: str) -> str:
+    """`HeliosTransformer`'s name for a layer that is called this, with or without prefix."""
+    prefix = next((prefix for prefix in PREFIXES if layer.startswith(prefix)), "")
+    return own_name(f"{layer.removeprefix(prefix)}.weight").removesuffix(".weight")
 
 
 def published_name(name: str) -> str:
@@ -113,6 +130,12 @@ def target_dtypes(config: TransformerConfig, dtype: torch.dtype) -> dict[str, to
     """The dtype that a transformer of this `dtype` keeps each of its tensors in: some are float32 in any case."""
     weights = HeliosTransformer(config, dtype=dtype, device="meta").state_dict()
     return {name: tensor.dtype for name, tensor in weights.items()}
+
+
+def loaded_dtypes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """`target_dtypes` of this checkpoint: quantised blocks stay as they are stored."""
+    weights = (f"{layer}.weight" for layer in checkpoint.quantised_blocks)
+    return target_dtypes(checkpoint.config, dtype) | {name: checkpoint.tensors[name].dtype for name in weights}
 
 
 def _transformer_folder(path: Path) -> Path:
@@ -155,10 +178,10 @@ def _refuse_foreign(path: Path, stored: Collection[str]) -> None:
             f"{path} is no Helios model: none of its {len(stored)} tensors is {' or '.join(HISTORY_PATCHES)}. "
             f"It begins with {some(list(stored))}. Give the transformer of a Helios repository."
         )
-    if quantised := [key for key in stored if QUANTISED.search(key)]:
+    if quantised := [key for key in stored if FOREIGN_QUANTISED.search(key)]:
         raise CheckpointError(
-            f"{path} is quantised with scales ({some(quantised)}), which is not supported. Use bf16 weights, or plain "
-            "fp8_e4m3fn ones made with scripts/convert_checkpoint.py."
+            f"{path} is quantised in a way that is not ComfyUI's ({some(quantised)}), and not supported. Use bf16 "
+            "weights, or scaled fp8 ones made with scripts/convert_checkpoint.py --quant fp8_scaled."
         )
 
 
@@ -242,7 +265,12 @@ def _inferred_config(path: Path, tensors: Mapping[str, StoredTensor]) -> Transfo
     )
 
 
-def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTensor]) -> None:
+def _check(
+    path: Path,
+    config: TransformerConfig,
+    tensors: Mapping[str, StoredTensor],
+    quantised: Mapping[str, QuantisedLayer],
+) -> None:
     # One block is built, without memory: how many there are said to be is not believed before they are seen.
     weights = HeliosTransformer(replace(config, num_layers=1), device="meta").state_dict()
     block = {found[2]: tuple(x.shape) for name, x in weights.items() if (found := BLOCK.fullmatch(name))}
@@ -264,6 +292,8 @@ def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTe
             f"{len(unexpected)} are unexpected{': ' if unexpected else ''}{some(unexpected)}. "
             "Take config.json and weights from the same repository, and all of them."
         )
+    _check_quantised(path, tensors, {layer: (x, expected(f"{layer}.weight")) for layer, x in quantised.items()})
+    tensors = {name: x for name, x in tensors.items() if name.removesuffix(".weight") not in quantised}
     if wrong := [f"{t.key} {t.shape} for {expected(k)}" for k, t in tensors.items() if t.shape != expected(k)]:
         raise CheckpointError(
             f"{path} has {len(wrong)} tensors of another shape than its configuration says: {some(wrong)}. "
@@ -272,7 +302,33 @@ def _check(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTe
     if unreadable := [t.key for t in tensors.values() if t.dtype not in DTYPES.values()]:
         raise CheckpointError(
             f"{path} stores {len(unreadable)} tensors in a type that is none of {some(DTYPES)}: {some(unreadable)}. "
-            "Quantised weights are not supported; use bf16 or plain fp8_e4m3fn ones."
+            "Use bf16 weights, or scaled fp8 ones made with scripts/convert_checkpoint.py --quant fp8_scaled."
+        )
+
+
+def _check_quantised(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    quantised: Mapping[str, tuple[QuantisedLayer, tuple[int, ...] | None]],
+) -> None:
+    """Raise CheckpointError for quantised layers that cannot be; quantised: each with the shape of its matrix."""
+    wrong: list[str] = []
+    for name, (layer, shape) in quantised.items():
+        if shape is None or len(shape) != 2:
+            raise CheckpointError(
+                f"{path} says that {name} is quantised, which is no matrix of a Helios transformer. Download the file "
+                "again, or convert it again."
+            )
+        if not name.startswith(IN_BLOCKS) and layer.format not in ONE_SCALE:
+            raise CheckpointError(
+                f"{path} has {name} in {layer.format}; outside of the blocks only {' and '.join(ONE_SCALE)} are "
+                "supported. Leave it in bf16 where the file is made."
+            )
+        wrong += misfits(layer, tensors[f"{name}.weight"], shape)
+    if wrong:
+        raise CheckpointError(
+            f"{path} has {len(wrong)} tensors of quantised layers that are missing or not as their format has them: "
+            f"{some(wrong)}. Download the file again, or convert it again."
         )
 
 

@@ -23,7 +23,9 @@ Level = Literal["block", "leaf"]
 KEEP_BELOW = 1 << 20  # bytes; groups smaller than this are not worth the trip
 
 Transform = Callable[[Tensor], Tensor]
-"""A parameter's values on the device -> the values to compute with, new ones, of the same shape and dtype."""
+"""A parameter's values on the device -> the values to compute with, new ones, of the same shape and dtype.
+
+Not for weights of tensor classes."""
 
 
 class _Slot:
@@ -219,13 +221,13 @@ class Offloader:
         if slot.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.copied)
         for weight in slot.group.weights:
-            weight.place(self._in_slot(weight, slot) if weight.plain else self._on_device(weight))
+            weight.place(self._in_slot(weight, slot) if weight.parts else self._on_device(weight))
         slot.placed = True
 
     @torch.no_grad()
     def _copy(self, group: Group, slot: _Slot) -> None:
         """On the worker's thread: a group's weights into a slot's buffer."""
-        read_ahead(self._successor[group].plain)
+        read_ahead(self._successor[group].in_buffer)
         if self._stream is None:
             self._fill(slot.buffer, group)
             return
@@ -243,21 +245,22 @@ class Offloader:
             slot.copied = self._stream.record_event()
 
     def _fill(self, buffer: Tensor, group: Group) -> None:
-        for weight in group.plain:
-            weight.view(buffer).copy_(weight.own.data)
+        for weight in group.in_buffer:
+            for view, part in zip(weight.views(buffer), weight.parts, strict=True):
+                view.copy_(part)
 
     def _in_slot(self, weight: Weight, slot: _Slot) -> nn.Parameter:
-        values = weight.view(slot.buffer)
+        views = weight.views(slot.buffer)
         if transform := self.transforms.get(weight.name):
-            values.copy_(transform(values))
-        return nn.Parameter(values, requires_grad=False)
+            views[0].copy_(transform(views[0]))
+        return weight.made_of(views)
 
     def _on_device(self, weight: Weight) -> nn.Parameter:
         """A parameter on the device, outside of the buffers."""
-        values = weight.own.data.to(self.device, weight.dtype) if weight.plain else weight.own.data.to(self.device)
+        parameter = weight.on_device(self.device)
         if transform := self.transforms.get(weight.name):
-            values = transform(values)
-        return nn.Parameter(values, requires_grad=False)
+            return nn.Parameter(transform(parameter.data), requires_grad=False)
+        return parameter
 
     def _gather(self, group: Group) -> None:
         """Bring a group's weights together and let the layers have them there: what they had before is given back."""
@@ -265,8 +268,8 @@ class Offloader:
             return
         host = HostBuffer(group.size, pin=self._stream is not None and self.pinned + group.size <= self.pin_limit)
         self._fill(host.bytes, group)
-        for weight in group.plain:
-            weight.own = nn.Parameter(weight.view(host.bytes), requires_grad=False)
+        for weight in group.in_buffer:
+            weight.own = weight.made_of(weight.views(host.bytes))
             weight.place(weight.own)
         group.host = host
 

@@ -10,9 +10,11 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 ALIGNMENT = 256  # bytes; where a tensor may begin in a buffer
 MADV_WILLNEED = 3
@@ -29,13 +31,25 @@ class Weight:
     offset: int = 0
 
     @property
-    def plain(self) -> bool:
-        """Whether its values are bytes that a buffer can hold, unlike those of tensor classes for quantised weights."""
-        return type(self.own.data) is Tensor
+    def parts(self) -> list[Tensor]:
+        """The plain tensors that hold its values: one, or those inside of a tensor class for quantised weights.
+
+        None where the class does not show them.
+        """
+        if type(self.own.data) is Tensor:
+            return [self.own.data]
+        return [getattr(self.own, name) for name in self._flat()[0]] if is_traceable_wrapper_subclass(self.own) else []
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of the parts in a buffer."""
+        if type(self.own.data) is Tensor:
+            return [self.own.numel() * self.dtype.itemsize]
+        return [part.nbytes for part in self.parts]
 
     @property
     def size(self) -> int:
-        return self.own.numel() * self.dtype.itemsize
+        return sum(self.sizes) or self.own.numel() * self.dtype.itemsize
 
     def renew(self) -> bool:
         """Take over the parameter that the owner has now; returns whether it is another one than before."""
@@ -47,8 +61,36 @@ class Weight:
         for module, name in self.owners:
             module._parameters[name] = parameter
 
-    def view(self, buffer: Tensor) -> Tensor:
-        return buffer[self.offset : self.offset + self.size].view(self.dtype).view(self.own.shape)
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The parts' places in a buffer."""
+        views, start = [], self.offset
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            dtype = self.dtype if type(self.own.data) is Tensor else part.dtype
+            views.append(buffer[start : start + size].view(dtype).view(part.shape))
+            start += _aligned(size)
+        return views
+
+    def made_of(self, parts: list[Tensor]) -> nn.Parameter:
+        """The parameter with these parts in place of its own."""
+        if type(self.own.data) is Tensor:
+            return nn.Parameter(parts[0], requires_grad=False)
+        names, context = self._flat()
+        # What is made outside of inference mode of such a class cannot be used within.
+        with torch.inference_mode():
+            inner = dict(zip(names, parts, strict=True))
+            whole = type(self.own).__tensor_unflatten__(inner, context, self.own.size(), self.own.stride())  # type: ignore[attr-defined]
+            return nn.Parameter(whole, requires_grad=False)
+
+    def on_device(self, device: torch.device) -> nn.Parameter:
+        """The parameter outside of the buffers."""
+        if type(self.own.data) is Tensor:
+            return self.made_of([self.own.data.to(device, self.dtype)])
+        if parts := self.parts:
+            return self.made_of([part.to(device) for part in parts])
+        return nn.Parameter(self.own.data.to(device), requires_grad=False)
+
+    def _flat(self) -> Any:
+        return self.own.__tensor_flatten__()  # type: ignore[attr-defined]
 
 
 class HostBuffer:
@@ -78,16 +120,20 @@ class Group:
     def __init__(self, name: str, modules: list[nn.Module], weights: list[Weight]):
         self.name, self.modules, self.weights = name, modules, weights
         self.host: HostBuffer | None = None  # its weights in one piece, once they are gathered
-        self.plain = [weight for weight in weights if weight.plain]
+        self.in_buffer = [weight for weight in weights if weight.parts]
         self.size = 0
-        for weight in self.plain:
+        for weight in self.in_buffer:
             weight.offset = self.size
-            self.size += -(-weight.size // ALIGNMENT) * ALIGNMENT
+            self.size += sum(map(_aligned, weight.sizes))
 
     def renew(self) -> None:
         renewed = [weight.renew() for weight in self.weights]
         if any(renewed):
             self.host = None
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def plan_groups(
@@ -136,10 +182,10 @@ def read_ahead(weights: list[Weight]) -> None:
     """Tell Linux that these will be needed soon: it reads meanwhile what is mapped from disk."""
     if sys.platform != "linux":
         return
-    for weight in weights:
-        start = weight.own.data_ptr()
+    for part in (part for weight in weights for part in weight.parts):
+        start = part.data_ptr()
         page = start - start % mmap.PAGESIZE
-        size = start + weight.own.numel() * weight.own.element_size() - page
+        size = start + part.nbytes - page
         _libc().madvise(ctypes.c_void_p(page), ctypes.c_size_t(size), MADV_WILLNEED)
 
 

@@ -34,6 +34,10 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+# Of quantised weights, and of what they have beside them. E8M0 is read as its bytes: torch before 2.7 has no such type.
+PACKED = {"U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.uint8}
+KNOWN = DTYPES | PACKED
+UNREADABLE = torch.bool  # stands for all other types
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,9 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             f"The header of {file} is damaged (it ends {source.size - end} bytes before the file). "
             "Download the file again."
         )
-    # Other types are kept as uint8, for the reader to name: the file may turn out to be of another model altogether.
+    # Other types are left for the reader to name: the file may turn out to be of another model altogether.
     tensors = {
-        key: StoredTensor(source, key, shape, DTYPES.get(dtype, torch.uint8), begin + first)
+        key: StoredTensor(source, key, shape, KNOWN.get(dtype, UNREADABLE), begin + first)
         for first, _, key, dtype, shape in entries
     }
     return tensors, metadata
@@ -178,7 +182,7 @@ def _entry(key: str, value: Any) -> Entry:
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"it says {quoted(value)} of {quoted(key)}")
     first, last = offsets
-    if dtype in DTYPES and last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+    if dtype in KNOWN and last - first != math.prod(shape) * KNOWN[dtype].itemsize:
         raise ValueError(f"{quoted(key)} of shape {tuple(shape)} does not fill its {last - first} bytes")
     return first, last, key, dtype, tuple(shape)
 

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+from collections.abc import Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
+import comfy.quant_ops
 import torch
 from comfy_api.latest import InputImpl, io
+from torch import Tensor
 
 NEWER = ("search_aliases", "advanced")  # of schemas and inputs: 0.24 has them, 0.3.75 raises TypeError for them
 
@@ -99,6 +105,59 @@ def lora_compute_dtype(device: torch.device) -> torch.dtype:
     choose = getattr(comfy.model_management, "lora_compute_dtype", lambda device: torch.float32)
     dtype: torch.dtype = choose(device)
     return dtype
+
+
+Settings = Mapping[str, Mapping[str, Any]]
+"""Of quantised layers, by name: their formats, and what files say beside."""
+
+
+def _marks_layers() -> bool:
+    """Whether quantised layers read their settings from the weights' dict. 0.3.75 is told them beforehand."""
+    return "layer_quant_config" not in inspect.signature(comfy.ops.mixed_precision_ops).parameters
+
+
+def quantised_formats() -> Collection[str]:
+    """The quantised formats that the host computes with: newer ones by comfy-kitchen, and none where that is not."""
+    if not getattr(comfy.quant_ops, "_CK_AVAILABLE", True):
+        return ()
+    formats: dict[str, Any] = comfy.quant_ops.QUANT_ALGOS
+    return formats.keys()
+
+
+def quantised_linear(settings: Settings, dtype: torch.dtype, device: torch.device) -> type[torch.nn.Module]:
+    """The host's class of quantised Linears, which compute in dtype or, on devices that can, in their own format."""
+    if not _marks_layers():
+        # In full precision: with a LoRA on top its fast path is given two dtypes, and raises.
+        operations = comfy.ops.mixed_precision_ops(settings, dtype, full_precision_mm=True)
+    else:
+        config = SimpleNamespace(quant_config={"mixed_ops": True})
+        operations = comfy.ops.pick_operations(dtype, dtype, load_device=device, model_config=config)
+    linear: type[torch.nn.Module] = operations.Linear
+    return linear
+
+
+def quantised_marks(settings: Settings) -> dict[str, Tensor]:
+    """What newer hosts' quantised layers want beside their weights."""
+    if not _marks_layers():
+        return {}
+    return {f"{layer}.comfy_quant": _as_bytes(values) for layer, values in settings.items()}
+
+
+def quantised_for_saving(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """A network's weights as files hold them: newer hosts take quantised ones apart, 0.3.75 forgets their scales."""
+    apart: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, comfy.quant_ops.QuantizedTensor):
+            apart[name] = weight
+            continue
+        layer = name.removesuffix(".weight")
+        apart[name], apart[f"{layer}.weight_scale"] = comfy.quant_ops.TensorCoreFP8Layout.get_plain_tensors(weight)
+        apart[f"{layer}.comfy_quant"] = _as_bytes(settings[layer])
+    return apart
+
+
+def _as_bytes(settings: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(dict(settings)).encode()), dtype=torch.uint8)
 
 
 def room_to_pin() -> int:

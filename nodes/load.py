@@ -23,7 +23,7 @@ from .inputs import HeliosScheduleSocket, offload_inputs
 
 DTYPE_TOOLTIP = (
     "What the weights are kept in. auto: bf16 where the device can. fp8_e4m3fn halves the memory of the blocks' "
-    "matrices at some loss of quality."
+    "matrices at some loss of quality. A quantised file stays as it is: dtype is then that of the rest."
 )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -17,13 +18,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from output_file import check_target, replacing, run
+
 from helios_core.checkpoint import CONFIG_KEY, VARIANT_KEY, Checkpoint, open_checkpoint, published_name, target_dtypes
 from helios_core.config import Variant
+from helios_core.quantised import FULL_PRECISION, METADATA_KEY, metadata_text
 from helios_core.regular_file import CheckpointError
 from helios_core.safetensors_file import DTYPES, read_tensors
+from helios_core.scaled_linear import quantise, relative_error, scale_of
 
 CHOICES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FP8 = "float8_e4m3fn"  # the format, as ComfyUI calls it
+KEPT_AT_EITHER_END = 3  # blocks
 
 
 @dataclass(frozen=True)
@@ -33,77 +40,169 @@ class Layout:
     header: bytes
     offsets: dict[str, int]  # from the start of the file
     dtypes: dict[str, torch.dtype]
+    quantised: Collection[str]  # layers
     size: int  # bytes of the whole file
 
 
-def lay_out(checkpoint: Checkpoint, dtype: torch.dtype, variant: Variant | None) -> Layout:
-    """Plan the file. Tensors of wide types go first, so that each lies on a multiple of its own element size."""
+@dataclass(frozen=True)
+class Quantising:
+    """What scaled fp8 is to be made of. keep: numbers of blocks, from the end below 0, and parts of layers' names."""
+
+    keep: Sequence[str] | None = None  # None: the first and the last blocks
+    full_precision: bool = False  # hosts are asked not to multiply in fp8
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What rounding a layer's matrix did to it."""
+
+    layer: str
+    scale: float
+    error: float  # root of the mean square, as a fraction of the matrix's own
+
+
+def quantised_layers(checkpoint: Checkpoint, quantising: Quantising) -> list[str]:
+    """The matrices of the blocks but for those that are kept. Raises CheckpointError where that is none of them."""
+    weights = target_dtypes(checkpoint.config, torch.float8_e4m3fn)  # by which the matrices of the blocks tell
+    layers = [name.removesuffix(".weight") for name, dtype in weights.items() if dtype == torch.float8_e4m3fn]
+    count = checkpoint.config.num_layers
+    numbers = {str(i): i for i in range(count)} | {str(i - count): i for i in range(count)}
+    ends = [str(i) for i in range(count) if i < KEPT_AT_EITHER_END or i >= count - KEPT_AT_EITHER_END]
+    for kept in ends if quantising.keep is None else quantising.keep:
+        part = f"blocks.{numbers[kept]}." if kept in numbers else kept
+        if quantising.keep is not None and not any(part in layer for layer in weights):
+            raise CheckpointError(
+                f"--keep {kept}: there is no such thing in a model of {count} blocks. Give numbers of blocks, from the "
+                "end as -1, or parts of layers' names, such as attn2.to_out."
+            )
+        layers = [layer for layer in layers if part not in layer]
+    if not layers:
+        raise CheckpointError(
+            f"Nothing is left to quantise: of {count} blocks all are kept in full. Name fewer with --keep, or none."
+        )
+    return layers
+
+
+def lay_out(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    variant: Variant | None,
+    quantised: Mapping[str, Mapping[str, object]],
+) -> Layout:
+    """Plan the file. Tensors of wide types go first, so that each lies on a multiple of its own element size.
+
+    quantised: settings of layers that are to be scaled fp8.
+    """
     dtypes = target_dtypes(checkpoint.config, dtype)
+    shapes = {name: checkpoint.tensors[name].shape for name in dtypes}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(checkpoint.config.to_dict())}
     if variant is not None:
         metadata[VARIANT_KEY] = variant
+    if quantised:
+        metadata[METADATA_KEY] = metadata_text(quantised)
+    for layer in quantised:
+        dtypes |= {f"{layer}.weight": torch.float8_e4m3fn, f"{layer}.weight_scale": torch.float32}
+        shapes[f"{layer}.weight_scale"] = ()
     header: dict[str, object] = {"__metadata__": metadata}
     relative: dict[str, int] = {}
     end = 0
     for name in sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name)):
-        shape = checkpoint.tensors[name].shape
-        start, end = end, end + torch.Size(shape).numel() * dtypes[name].itemsize
+        start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
         relative[name] = start
         place = [start, end]
-        header[published_name(name)] = {"dtype": FORMAT_NAMES[dtypes[name]], "shape": shape, "data_offsets": place}
+        header[published_name(name)] = {
+            "dtype": FORMAT_NAMES[dtypes[name]],
+            "shape": shapes[name],
+            "data_offsets": place,
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     packed = len(text).to_bytes(8, "little") + text
-    return Layout(packed, {name: len(packed) + start for name, start in relative.items()}, dtypes, len(packed) + end)
+    offsets = {name: len(packed) + start for name, start in relative.items()}
+    return Layout(packed, offsets, dtypes, quantised.keys(), len(packed) + end)
 
 
 def convert(
-    source: Path, target: Path, dtype: torch.dtype, *, variant: Variant | None = None, force: bool = False
+    source: Path,
+    target: Path,
+    dtype: torch.dtype,
+    quantising: Quantising | None = None,
+    *,
+    variant: Variant | None = None,
+    force: bool = False,
 ) -> str:
-    """Write `source` (whatever `open_checkpoint` reads) to the file `target` and say in a line what was made.
+    """Write `source` (what `open_checkpoint` reads, unquantised) to the file `target` and say in a line what was made.
 
     Holds no more than two tensors. `target` appears when it is complete, and never on an error (CheckpointError,
     OSError). `variant` is needed only where the source does not tell it.
     """
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target} must end in .safetensors, or ComfyUI does not list it.")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"The folder {target.parent} does not exist. Make it, or choose another target.")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists. Choose another name, or overwrite it with --force.")
+    check_target(target, force)
     checkpoint = open_checkpoint(source)
     if variant and checkpoint.variant and variant != checkpoint.variant:
         raise CheckpointError(f"{source} says that it is {checkpoint.variant}, not {variant}. Leave --variant out.")
     variant = checkpoint.variant or variant
     if target.exists() and any(target.samefile(tensor.file) for tensor in checkpoint.tensors.values()):
         raise CheckpointError(f"{target} is itself read for the conversion. Choose another target.")
-    layout = lay_out(checkpoint, dtype, variant)
+    if checkpoint.quantised:
+        raise CheckpointError(f"{source} is quantised already. Convert the weights that it was made from.")
+    layers = [] if quantising is None else quantised_layers(checkpoint, quantising)
+    setting = {"format": FP8} | ({FULL_PRECISION: True} if quantising and quantising.full_precision else {})
+    layout = lay_out(checkpoint, dtype, variant, dict.fromkeys(layers, setting))
     if (free := shutil.disk_usage(target.parent).free) < layout.size:
         raise CheckpointError(
             f"{target.parent} has {free / 1e9:.2f} GB free, the file needs {layout.size / 1e9:.2f} GB. "
             "Make room, or choose a target on another disk."
         )
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        write(checkpoint, layout, partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as partial:
+        errors = write(checkpoint, layout, partial)
     said = variant or "variant unknown, see --variant"
-    return f"{target}: {layout.size / 1e9:.2f} GB, {len(layout.offsets)} tensors, {said}"
+    made = f"{target}: {layout.size / 1e9:.2f} GB, {len(layout.offsets)} tensors, {said}"
+    return f"{made}; {write_report(target, errors)}" if errors else made
 
 
-def write(checkpoint: Checkpoint, layout: Layout, target: Path) -> None:
+def write(checkpoint: Checkpoint, layout: Layout, target: Path) -> list[LayerError]:
+    errors = []
     with (
         target.open("wb") as stream,
         tqdm(total=layout.size, unit="B", unit_scale=True, unit_divisor=1000, desc=checkpoint.path.name) as bar,
     ):
-        bar.update(stream.write(layout.header))
-        for name, tensor in read_tensors(checkpoint.tensors, layout.dtypes.__getitem__):
+
+        def put(name: str, tensor: Tensor) -> None:
             stream.seek(layout.offsets[name])
             bar.update(stream.write(raw_bytes(tensor)))
+
+        def read_as(name: str) -> torch.dtype:
+            return torch.float32 if name.removesuffix(".weight") in layout.quantised else layout.dtypes[name]
+
+        bar.update(stream.write(layout.header))
+        for name, tensor in read_tensors(checkpoint.tensors, read_as):
+            if (layer := name.removesuffix(".weight")) not in layout.quantised:
+                put(name, tensor)
+                continue
+            scale = scale_of(tensor)
+            if not scale.isfinite():
+                raise CheckpointError(f"{checkpoint.path} has NaN or infinity in {name}. Download it again.")
+            quantised = quantise(tensor, scale)
+            put(name, quantised)
+            put(f"{layer}.weight_scale", scale)
+            errors.append(LayerError(layer, scale.item(), relative_error(tensor, quantised, scale)))
         stream.flush()
         os.fsync(stream.fileno())  # a power cut after the rename must not leave a file of zeros
+    return errors
+
+
+def write_report(target: Path, errors: Collection[LayerError]) -> str:
+    """Write what quantising did to each layer beside the target, the worst first, and say in a line what that was."""
+    worst = sorted(errors, key=lambda x: -x.error)
+    file = target.with_suffix(".report.txt")
+    lines = [f"{x.error:.5f}  {x.scale:.4e}  {x.layer}" for x in worst]
+    title = f"{len(worst)} matrices of {target.name} in scaled fp8: root mean square error as a fraction of the matrix"
+    file.write_text("\n".join([title, "error    scale       layer", *lines]) + "\n", encoding="utf-8")
+    middle = worst[len(worst) // 2].error
+    return (
+        f"{len(worst)} matrices in scaled fp8, with an error of {100 * middle:.2f} % and at most "
+        f"{100 * worst[0].error:.2f} % ({worst[0].layer}); of each: {file}"
+    )
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -130,23 +229,41 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype", choices=CHOICES, default="bf16", help="type of the matrices (default: bf16; fp8 loses quality)"
     )
     parser.add_argument(
+        "--quant",
+        choices=["fp8_scaled"],
+        help="hold the blocks' matrices in float8_e4m3fn with a scale each, and all else in --dtype; what that did to "
+        "each goes into a report beside the target",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="*",
+        help="with --quant: what of the blocks stays in --dtype, as numbers of blocks (-1 is the last) or parts of "
+        f"layers' names; default: the first {KEPT_AT_EITHER_END} and the last {KEPT_AT_EITHER_END} blocks",
+    )
+    parser.add_argument(
+        "--full-precision",
+        action="store_true",
+        help="with --quant: let newer ComfyUI multiply in bf16 even where the card could in fp8, which is slower and "
+        "closer to the original",
+    )
+    parser.add_argument(
         "--variant", choices=get_args(Variant), help="which Helios it is; needed only where the source does not tell"
     )
     parser.add_argument("--force", action="store_true", help="overwrite the target if it exists")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.quant is None and (args.keep is not None or args.full_precision):
+        parser.error("--keep and --full-precision go with --quant")
+    if args.quant is not None and args.dtype == "fp8_e4m3fn":
+        parser.error("with --quant, --dtype is that of what stays unquantised: bf16 or fp16")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        print(convert(args.source, args.target, CHOICES[args.dtype], variant=args.variant, force=args.force))
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
-        return 130
-    return 0
+    dtype, quantising = CHOICES[args.dtype], None
+    if args.quant is not None:
+        quantising = Quantising(None if args.keep is None else tuple(args.keep), args.full_precision)
+    return run(lambda: convert(args.source, args.target, dtype, quantising, variant=args.variant, force=args.force))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from output_file import check_target, replacing, run
+
 from helios_core.checkpoint import PREFIXES, Checkpoint, open_checkpoint, own_name, published_name
 from helios_core.config import TransformerConfig
 from helios_core.lora_file import by_weight, metadata_alphas
@@ -29,13 +30,10 @@ def convert(sources: Sequence[Path], target: Path, *, base: Path | None = None, 
     `target` appears when it is complete, and never on an error (CheckpointError, OSError). Whole weights become
     differences to the model `base`, or without it replace those of whatever model they are loaded on.
     """
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target} must end in .safetensors, or ComfyUI does not list it.")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"The folder {target.parent} does not exist. Make it, or choose another target.")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists. Choose another name, or overwrite it with --force.")
+    check_target(target, force)
     model = None if base is None else open_checkpoint(base)
+    if model and model.quantised:
+        raise CheckpointError(f"{base} is quantised. Give the model that was trained, in bf16 or fp32, as --base.")
     made: dict[str, Tensor] = {}
     unknown: list[str] = []
     for source in sources:
@@ -46,12 +44,8 @@ def convert(sources: Sequence[Path], target: Path, *, base: Path | None = None, 
         unknown += not_known
     if not made:
         raise CheckpointError(f"Nothing in {some(sources)} is of a Helios LoRA: {some(unknown)}.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+    with replacing(target) as partial:
         save_file(made, partial, {"format": "pt"})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     return said(target, made, unknown)
 
 
@@ -154,15 +148,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        print(convert(args.sources, args.target, base=args.base, force=args.force))
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was left behind", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: convert(args.sources, args.target, base=args.base, force=args.force))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ...helios_core.lora_names import lora_names
 from ...helios_core.regular_file import FileFacts
 from ...helios_core.schedule import TRAIN_STEPS
 from ...helios_core.transformer import LONG_POOL, MID_POOL
+from ..compat import Settings, quantised_for_saving
 from .network import HeliosNetwork
 from .run_cache import text_bytes_per_token
 
@@ -101,7 +102,7 @@ class HeliosModel(comfy.model_base.BaseModel):
 
     def helios_lora_names(self) -> dict[str, str]:
         """Modules as LoRA files spell them, and the weight of each in this model: what `offer_lora_names` asks for."""
-        names = lora_names(self.diffusion_model.state_dict())
+        names = lora_names(dict(self.diffusion_model.named_parameters()))
         return {spelled: f"diffusion_model.{weight}" for spelled, weight in names.items()}
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, list[int]]:
@@ -138,9 +139,11 @@ class HeliosModelConfig(comfy.supported_models_base.BASE):
     latent_format = comfy.latent_formats.Wan21
     supported_inference_dtypes = SUPPORTED_DTYPES
     memory_usage_factor = 1.0
+    quantised: Settings = {}
 
     def process_unet_state_dict_for_saving(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return super().process_unet_state_dict_for_saving({published_name(k): x for k, x in state_dict.items()})
+        weights = quantised_for_saving(state_dict, self.quantised)
+        return super().process_unet_state_dict_for_saving({published_name(k): x for k, x in weights.items()})
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HeliosModel:
         return HeliosModel(self, device=device)

@@ -19,11 +19,12 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 
-from ...helios_core.checkpoint import Checkpoint, open_checkpoint, target_dtypes
+from ...helios_core.checkpoint import Checkpoint, loaded_dtypes, open_checkpoint
 from ...helios_core.loading import load_weights
 from ..compat import offer_lora_names, usual_patcher
 from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
 from .offload_patcher import Offloading, OffloadPatcher
+from .quantised import check_formats, use_quantised_layers
 
 DtypeChoice = Literal["auto", "bf16", "fp16", "fp32", "fp8_e4m3fn"]
 DTYPE_CHOICES: tuple[DtypeChoice, ...] = get_args(DtypeChoice)
@@ -38,7 +39,12 @@ MAY_BE_CONVERTED = 0.05  # of the bytes, while weights still count as being on d
 
 
 def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype weights are kept in. `auto` asks the host, which prefers bf16 wherever the device can."""
+    """The dtype weights are kept in. `auto` asks the host, which prefers bf16 wherever the device can.
+
+    Of a quantised checkpoint: the dtype of what is not.
+    """
+    if choice == "fp8_e4m3fn" and checkpoint.quantised:  # which it is already, where its maker wanted it
+        choice = "auto"
     if choice != "auto":
         return DTYPES[choice]
     parameters: Counter[torch.dtype] = Counter()
@@ -47,7 +53,7 @@ def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
     return comfy.model_management.unet_dtype(
         model_params=parameters.total(),
         supported_dtypes=SUPPORTED_DTYPES,
-        weight_dtype=parameters.most_common(1)[0][0],
+        weight_dtype=None if checkpoint.quantised else parameters.most_common(1)[0][0],
     )
 
 
@@ -57,7 +63,7 @@ def converted_on_reading(checkpoint: Checkpoint, dtype: DtypeChoice) -> str | No
     None where they can be used as they lie on disk.
     """
     used = choose_dtype(dtype, checkpoint)
-    targets = target_dtypes(checkpoint.config, used)
+    targets = loaded_dtypes(checkpoint, used)
     sizes = {name: math.prod(tensor.shape) * targets[name].itemsize for name, tensor in checkpoint.tensors.items()}
     total = sum(sizes.values())
     converted = sum(sizes[name] for name, tensor in checkpoint.tensors.items() if tensor.dtype != targets[name])
@@ -86,6 +92,7 @@ def make_model(
     Weights stay memory-mapped where they are stored in the dtype they are used in; otherwise they are converted one
     by one, so loading takes no more than the weights in that dtype.
     """
+    check_formats(checkpoint)
     offer_lora_names()
     management = comfy.model_management
     weight_dtype = choose_dtype(dtype, checkpoint)
@@ -93,12 +100,16 @@ def make_model(
     offload_device = management.unet_offload_device()
 
     config = HeliosModelConfig({"image_model": "helios", "config": checkpoint.config})
-    config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES))
+    cast_dtype = management.unet_manual_cast(weight_dtype, load_device, SUPPORTED_DTYPES)
+    config.set_inference_dtype(weight_dtype, cast_dtype)
+    config.quantised = {name: layer.settings for name, layer in checkpoint.quantised_blocks.items()}
     model = config.get_model(None, device="meta")
     model.variant, model.files = checkpoint.variant, checkpoint.files
     model.recipe = (str(checkpoint.path), dtype, offloading)
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
-    load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1))
+    compute_dtype = cast_dtype or weight_dtype
+    marks = use_quantised_layers(model.diffusion_model, checkpoint, config.quantised, compute_dtype, load_device)
+    load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1), marks=marks)
     model.diffusion_model.requires_grad_(False)
 
     model.device = offload_device

@@ -19,7 +19,8 @@ def add_lora(patcher: Any, path: str, strength: float, notes: Notes) -> Any:
 
     Raises CheckpointError for a file that cannot be read, and where nothing of it fits.
     """
-    weights = {name: tuple(x.shape) for name, x in patcher.model.diffusion_model.state_dict().items()}
+    # Not its state_dict, in which quantised weights are packed.
+    weights = {name: tuple(x.shape) for name, x in patcher.model.diffusion_model.named_parameters()}
     lora = open_lora(Path(path), weights)
     if strength == 0:
         notes.inform(f"{lora.path.name} has no effect at strength 0.")

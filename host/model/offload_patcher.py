@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...helios_core.offload import KEEP_BELOW, Level, Offloader
@@ -114,7 +115,14 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
         offloader = self.offloader
         with self.use_ejected():
             self.unpatch_hooks()
-            offloader.transforms = {key: functools.partial(self._patched, key) for key in self.patches}
+            self._forget_quantised_patches()
+            offloader.transforms = {}
+            for key in self.patches:
+                patched = functools.partial(self._patched, key)
+                if isinstance(self.model.get_parameter(key), QuantizedTensor):  # its layer asks once it has decoded it
+                    self.model.get_submodule(key.rpartition(".")[0]).weight_function = [patched]
+                else:
+                    offloader.transforms[key] = patched
             offloader.pin_limit = room_to_pin()
             offloader.install()
             self.model.device = device_to
@@ -139,6 +147,7 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_weights:
             self.offloader.remove()
             self.offloader.transforms = {}  # they hold on to this patcher and its LoRAs
+            self._forget_quantised_patches()
         super().unpatch_model(device_to, unpatch_weights)
 
     def _refuse_what_does_not_mix(self) -> None:
@@ -152,13 +161,19 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
         elif replaced := [key for key in self.object_patches if key.endswith(".forward")]:
             conflict = f"a node that replaces how a layer computes ({replaced[0]}). Take it out"
         elif scaled := [key for key in self.patches if self._is_scaled(key)]:
-            conflict = f"a LoRA on quantised weights ({scaled[0]}). Use weights in bf16 or fp16"
+            conflict = f"a LoRA on weights with scales of this kind ({scaled[0]}). Use weights in bf16 or fp16"
         if conflict:
             raise ValueError(f"Group offloading does not work with {conflict}, or set group_offload to off.")
 
     def _is_scaled(self, key: str) -> bool:
-        _, set_weight, convert_weight = comfy.model_patcher.get_key_weight(self.model, key)
-        return set_weight is not None or convert_weight is not None
+        """Whether a layer keeps a scale beside a weight that is a plain tensor, as older text encoders' do."""
+        weight, set_weight, convert_weight = comfy.model_patcher.get_key_weight(self.model, key)
+        return not isinstance(weight, QuantizedTensor) and (set_weight or convert_weight) is not None
+
+    def _forget_quantised_patches(self) -> None:
+        for module in self.model.modules():
+            if isinstance(getattr(module, "weight", None), QuantizedTensor):
+                module.weight_function = []
 
     def _patched(self, key: str, weight: Tensor) -> Tensor:
         """A weight with its LoRA patches, as the host itself computes it on the device."""

@@ -282,12 +282,6 @@ def test_a_tensor_under_two_names_is_refused(tmp_path):
     assert "holds 'norm_out.scale_shift_table' twice" in refusal(file)
 
 
-@pytest.mark.parametrize("name", ["scaled_fp8", "blocks__0__ffn__net__2__scale_weight", "proj_out__comfy_quant"])
-def test_scaled_weights_are_refused(tmp_path, name):
-    file = save_with(tmp_path / "a.safetensors", **{name: torch.ones(1)})
-    assert f"a.safetensors is quantised with scales ({name.replace('__', '.')})" in refusal(file)
-
-
 def test_integer_weights_are_refused(tmp_path):
     ints = torch.ones(64, dtype=torch.int8)
     file = save_with(tmp_path / "a.safetensors", blocks__0__ffn__net__0__proj__bias=ints)

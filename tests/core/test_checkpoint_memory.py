@@ -90,6 +90,7 @@ def test_reading_and_converting_hold_no_more_than_they_must(big_file):
         "fp32 file to bf16 weights": (peak_of(READ, big_file), weights + two_tensors),
         "conversion": (peak_of(CONVERT, big_file, half), two_tensors),
         "bf16 file to bf16 weights": (peak_of(READ, half), two_tensors),
+        "scaling to fp8": (peak_of(CONVERT, big_file, half, "--force", "--quant", "fp8_scaled"), two_tensors),
     }
     print({what: f"{peak / 1e6:.0f} MB, allowed {limit / 1e6:.0f} MB" for what, (peak, limit) in peaks.items()})
     assert {what: peak for what, (peak, limit) in peaks.items() if peak > limit + SLACK} == {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -20,19 +19,14 @@ from comfyui_helios.helios_core.checkpoint import open_checkpoint, published_nam
 from comfyui_helios.helios_core.safetensors_file import read_tensors
 from comfyui_helios.helios_core.transformer import HeliosTransformer
 from support.checkpoints import ODD_HEADS, SMALL, assert_same, make_official_shards, make_weights
+from support.scripts import SCRIPTS, as_module
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
+SCRIPT = SCRIPTS / "convert_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    """The converter as a module; it puts the checkout on sys.path, which other tests must not see."""
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with as_module("convert_checkpoint") as module:
         yield module
 
 

@@ -105,7 +105,7 @@ class Cases:
 
     def _single_file(self, rng: Random) -> str | None:
         file = world.diffusion_models() / "spoilt.safetensors"
-        shutil.copy(world.single_file(), file)
+        shutil.copy(rng.choice((world.single_file(), world.quantised_file())), file)
         try:
             self.say(f"a single file: {mutations.spoil_file(rng, file)}")
             graph = world.whole_graph(model=["single", 0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import shutil
 import threading
@@ -21,8 +22,10 @@ from safetensors.torch import load_file, save_file
 
 import nodes
 from comfyui_helios.helios_core.checkpoint import CONFIG_KEY
+from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.nodes import HeliosExtension
 from faults.verdict import flaw
+from support.quantised import block_layers, write_scaled
 
 GOOD, SPOILT = "Helios-Good", "Helios-Spoilt"  # folders below models/diffusers
 SIZE = 64  # pixels
@@ -106,6 +109,8 @@ def set_up(good: Path) -> None:
     shards = sorted((good / "transformer").glob("*.safetensors"))
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     save_file(tensors, single_file(), {CONFIG_KEY: (good / "transformer" / "config.json").read_text()})
+    config = TransformerConfig.from_dict(json.loads((good / "transformer" / "config.json").read_text()))
+    write_scaled(quantised_file(), tensors, block_layers(tensors), config=config, kind="marks")
     for name in (folder_paths.get_input_directory(), folder_paths.get_temp_directory()):
         Path(name).mkdir(parents=True, exist_ok=True)
 
@@ -121,6 +126,11 @@ def diffusion_models() -> Path:
 def single_file() -> Path:
     """The good transformer in one file that brings its own configuration."""
     return diffusion_models() / "good.safetensors"
+
+
+def quantised_file() -> Path:
+    """The same in scaled fp8."""
+    return diffusion_models() / "quantised.safetensors"
 
 
 def give(value: Any) -> tuple[str, Graph]:

@@ -15,6 +15,8 @@ import torch
 from comfy.conds import CONDCrossAttn
 from comfy.patcher_extension import WrappersMP
 
+from comfyui_helios.helios_core.checkpoint import published_name
+from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, MID
 from comfyui_helios.helios_core.video import PromptTrack
@@ -29,6 +31,7 @@ from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.stream import HeliosStreamVideo
 from harness import oracle
 from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
+from support.quantised import block_layers, write_scaled
 from support.runs import QUICK, conditioning, run_node
 from support.streams import SETTINGS
 
@@ -177,6 +180,15 @@ def test_a_run(folder, card, source, schedule, dtype):
     for x in (latent["samples"], latent["helios"].memory.latents, latent["helios"].memory.anchor):
         assert (x.device.type, x.dtype) == ("cpu", torch.float32)
     card.check(crossings(schedule, anchored=bool({"start_image", "video"} & set(source))))
+
+
+def test_a_run_of_scaled_fp8(card, tmp_path):
+    weights = {published_name(name): x for name, x in oracle.weights(oracle.transformer(0)).items()}
+    config = TransformerConfig(**oracle.TINY)
+    file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=config)
+    sample(load_model(str(file), "bf16"), begin(), QUICK)
+    quantised = {"up: InEitherMode._apply": None, "up: InEitherMode._apply > _quantized_apply": None}  # weights
+    card.check(crossings(QUICK) | quantised)
 
 
 def test_a_video_that_goes_on(folder, card):

@@ -1,0 +1,74 @@
+"""What the 14B model needs of a card by the pack's own estimate, for each format and way of offloading:
+`python benchmarks/fits.py`.
+
+Computed, not measured: weights that are on the card, or group offloading's buffers, and what ComfyUI is told that a
+forward takes (`HeliosModel.memory_required`) at 384x640 with one prompt, its keys and values kept where they can be.
+Nothing is allocated. The text encoder has gone by then, and the VAE's turn comes later.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any, Literal
+
+import paths  # noqa: F401
+import torch
+
+GB = 1e9
+KEPT = 3  # blocks at either end, by scripts/convert_checkpoint.py
+FORMATS = {"bf16": None, "fp8_scaled": KEPT, "fp8_scaled, all blocks": 0}  # blocks that are kept at either end
+LEVELS: tuple[Literal["block", "leaf"] | None, ...] = (None, "block", "leaf")
+
+
+def network(kept: int | None) -> Any:
+    """The 14B on meta, its blocks but for those in scaled fp8."""
+    from comfyui_helios.helios_core.config import TransformerConfig
+    from comfyui_helios.helios_core.scaled_linear import ScaledLinear
+    from comfyui_helios.helios_core.transformer import HeliosTransformer
+
+    model = HeliosTransformer(TransformerConfig(), dtype=torch.bfloat16, device="meta").requires_grad_(False)
+    for block in () if kept is None else model.blocks[kept : len(model.blocks) - kept]:
+        for name, linear in list(block.named_modules()):
+            if isinstance(linear, torch.nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, ScaledLinear(linear))
+    return model
+
+
+def activations(cached: bool) -> float:
+    """Bytes that ComfyUI is told a forward takes. cached: with a prompt's keys and values."""
+    from comfyui_helios.helios_core.config import NATIVE_HEIGHT, NATIVE_WIDTH, SPATIAL_SCALE, TransformerConfig
+    from comfyui_helios.helios_core.history import Memory
+    from comfyui_helios.host.model.base_model import TEXT_CACHED_KEY, HeliosModelConfig, history_shapes
+
+    config = HeliosModelConfig({"image_model": "helios", "config": TransformerConfig()})
+    config.set_inference_dtype(torch.bfloat16, None)
+    model = config.get_model(None, device="meta")
+    height, width = NATIVE_HEIGHT // SPATIAL_SCALE, NATIVE_WIDTH // SPATIAL_SCALE
+    shapes = {name: [shape] for name, shape in history_shapes(Memory.empty(1, height, width)).items()}
+    if cached:
+        shapes[TEXT_CACHED_KEY] = [[1, 512]]
+    return float(model.memory_required((1, 16, 9, height, width), shapes))
+
+
+def main() -> None:
+    from harness.pack import load_comfyui, load_pack
+
+    with tempfile.TemporaryDirectory() as folder:
+        load_pack()
+        load_comfyui(folder)
+        from comfyui_helios.helios_core.offload import Offloader
+
+        print("| format | group_offload | weights on the card | with a forward |\n|---|---|---:|---:|")
+        for name, kept in FORMATS.items():
+            model = network(kept)
+            for level in LEVELS:
+                weights = sum(x.nbytes for x in model.parameters())
+                if level is not None:
+                    weights = Offloader(model, "cpu", level=level).device_size
+                whole = weights + activations(cached=level is None)
+                print(f"| {name} | {level or 'off'} | {weights / GB:.1f} GB | {whole / GB:.1f} GB |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Quantised layers of a checkpoint, as the host's own: its fp8, nvfp4 and int8 products, its LoRAs on top of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+from ...helios_core.checkpoint import Checkpoint
+from ...helios_core.loading import replace_quantised
+from ...helios_core.regular_file import CheckpointError
+from ..compat import Settings, quantised_formats, quantised_linear, quantised_marks
+
+# The oldest ComfyUI that was seen to compute with a format.
+SINCE = {"float8_e5m2": "0.24", "mxfp8": "0.24", "nvfp4": "0.24", "int8_tensorwise": "0.33"}
+
+
+class InEitherMode(nn.Module):
+    """Quantised weights that can be computed with in inference mode and moved outside of it.
+
+    The host runs nodes in inference mode, and unloads models from without when it is asked to free memory: what is made
+    of such a weight in one mode then raises in the other. What is made in inference mode works in both.
+    """
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if isinstance(param, QuantizedTensor) and not param.is_inference():
+            names, context = param.__tensor_flatten__()
+            inner = {part: getattr(param, part) for part in names}
+            with torch.inference_mode():
+                again = QuantizedTensor.__tensor_unflatten__(inner, context, param.size(), param.stride())
+                param = nn.Parameter(again, requires_grad=False)
+        super().register_parameter(name, param)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> InEitherMode:
+        with torch.inference_mode():
+            return super()._apply(*args, **kwargs)
+
+
+def check_formats(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where this host cannot compute with a quantised layer."""
+    known = quantised_formats()
+    for name, layer in checkpoint.quantised_blocks.items():
+        if layer.format not in known:
+            since = SINCE.get(layer.format, "0.3.75")
+            raise CheckpointError(
+                f"{checkpoint.path} has {name} in {layer.format}, which this ComfyUI does not compute with: that needs "
+                f"ComfyUI {since} or newer, with comfy-kitchen installed. Update it, or use bf16 weights or scaled fp8 "
+                "ones (float8_e4m3fn)."
+            )
+
+
+def use_quantised_layers(
+    network: nn.Module, checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Put the host's quantised layers into a network that is on meta; returns what loading must give them beside.
+
+    settings: of the layers. dtype: that they compute in. All other layers stay the host's ordinary ones: its quantised
+    kind would keep what is not quantised in the dtype it computes in.
+    """
+    if not settings:
+        return {}
+    linear: Any = type("Linear", (InEitherMode, quantised_linear(settings, dtype, device)), {})
+    # On the CPU: what they are given they move to where they were made, and away from the file they are mapped to.
+    replace_quantised(network, checkpoint, lambda old, _: linear(old.in_features, old.out_features, device="cpu"))
+    return quantised_marks(settings)

@@ -1,0 +1,103 @@
+"""Formats beyond scaled fp8: run where the host knows them, else refused with the version that does."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import comfy.quant_ops
+import pytest
+import torch
+from comfy.quant_ops import QuantizedTensor
+from safetensors.torch import save_file
+
+from comfyui_helios.helios_core.checkpoint import published_name
+from comfyui_helios.helios_core.quantised import FORMATS
+from comfyui_helios.helios_core.regular_file import CheckpointError
+from comfyui_helios.host.compat import quantised_formats
+from comfyui_helios.host.model import offload_patcher
+from comfyui_helios.host.model.loading import load_model
+from comfyui_helios.host.model.lora import add_lora
+from comfyui_helios.host.model.offload_patcher import Offloading
+from comfyui_helios.host.model.quantised import SINCE
+from harness.errors import difference
+from support.core_videos import CONFIG, network
+from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
+from support.quantised import block_layers, mark, write_scaled
+from support.runs import QUICK, sample
+
+NEWER = sorted(SINCE)
+
+
+def known_here(known):
+    """The newer formats, of which those are skipped that this host does or does not know."""
+    return [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                (name in quantised_formats()) != known,
+                reason=f"this ComfyUI {'does not know' if known else 'knows'} {name}",
+            ),
+        )
+        for name in NEWER
+    ]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {published_name(name): x for name, x in network().state_dict().items()}
+
+
+@pytest.mark.parametrize("name", known_here(False))
+def test_a_format_that_this_host_does_not_know_is_refused_with_the_version_that_does(tmp_path, weights, name):
+    layer = "blocks.1.ffn.net.2"
+    made = weights | {f"{layer}.comfy_quant": mark({"format": name})}
+    for part, kind in FORMATS[name](*weights[f"{layer}.weight"].shape).items():
+        made[f"{layer}.{part}"] = torch.zeros(kind.shapes[0], dtype=kind.dtypes[0])
+    file = write_scaled(tmp_path / "a.safetensors", made, [], config=CONFIG, kind="marks")
+    with pytest.raises(CheckpointError) as error:
+        load_model(str(file))
+    assert f"has blocks.1.ffn.net.2 in {name}, which this ComfyUI does not compute with" in str(error.value)
+    assert f"needs ComfyUI {SINCE[name]} or newer" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn"])
+def test_without_comfy_kitchen_nothing_quantised_runs_on_a_newer_host(tmp_path, weights, name, monkeypatch):
+    monkeypatch.setattr(comfy.quant_ops, "_CK_AVAILABLE", False, raising=False)
+    file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=CONFIG)
+    with pytest.raises(CheckpointError, match="with comfy-kitchen installed"):
+        load_model(str(file))
+
+
+def packed(weights, layers, name):
+    """The weights with these layers in a format, as the host itself packs them, and as it unpacks them again."""
+    layout = comfy.quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"]
+    made, unpacked = dict(weights), dict(weights)
+    for layer in layers:
+        quantised = QuantizedTensor.from_float(weights[f"{layer}.weight"], layout, scale="recalculate")
+        made |= {part: x.contiguous() for part, x in quantised.state_dict(f"{layer}.weight").items()}
+        made[f"{layer}.comfy_quant"] = mark({"format": name})
+        unpacked[f"{layer}.weight"] = quantised.dequantize().contiguous()
+    return made, unpacked
+
+
+@pytest.mark.parametrize("how", [None, Offloading("block"), Offloading("leaf", 1, "disk")], ids=str)
+@pytest.mark.parametrize("name", known_here(True))
+def test_a_format_that_this_host_knows_makes_the_video_of_the_weights_it_stands_for_and_takes_loras(
+    tmp_path, weights, name, how, monkeypatch
+):
+    monkeypatch.setattr(offload_patcher, "KEEP_BELOW", 0)
+    made, unpacked = packed(weights, block_layers(weights), name)
+    found = load_model(
+        str(write_scaled(tmp_path / "a.safetensors", made, [], config=CONFIG, kind="marks")), "fp32", how
+    )
+    expected = load_model(str(write_scaled(tmp_path / "b.safetensors", unpacked, [], config=CONFIG)), "fp32")
+    quantised = [x for x in found.model.parameters() if isinstance(x, QuantizedTensor)]
+    assert len(quantised) == 20
+    lora = tmp_path / "lora.safetensors"
+    save_file(in_layout(LAYOUTS["Wan's own"], matrices(IN_BLOCKS)), lora)
+    said: list[str] = []
+    add_lora(found, str(lora), 1.0, SimpleNamespace(inform=said.append, warn=said.append))
+    assert said == ["40 of 40 tensors of lora.safetensors take effect: a LoRA of rank 4, in the names of Wan."]
+    # int8 rounds what it multiplies with, too.
+    allowed = 0.2 if name == "int8_tensorwise" else 1e-5
+    assert difference(sample(found, QUICK)["samples"], sample(expected, QUICK)["samples"]) <= allowed
