@@ -43,6 +43,7 @@ SHOTS = {
     "HeliosModelLoader": Shot("helios_t2v_distilled_files"),
     "HeliosDiffusersLoader": Shot(FIRST_RUN, rows=TRAINED),
     "HeliosLoraLoader": Shot("helios_t2v_distilled", "HeliosDiffusersLoader"),
+    "HeliosMultiGPU": Shot("helios_t2v_distilled", "HeliosDiffusersLoader"),
     "HeliosCompile": Shot("helios_t2v_distilled", "HeliosDiffusersLoader"),
     "HeliosTextEncode": Shot(FIRST_RUN, rows=(*TRAINED, ("unknown words", EVENLY))),
     "HeliosPromptSchedule": Shot("helios_interactive", rows=(("two prompts", (0, 33, 66, 99, 131)),)),
