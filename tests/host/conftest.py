@@ -24,6 +24,7 @@ def nothing_shipped(tmp_path, monkeypatch):
 def shown(monkeypatch):
     """What nodes write onto themselves, as (text, node id)."""
     messages = []
+    monkeypatch.setattr("comfyui_helios.host.messages._shown", set())  # nothing of other tests that they would clear
     instance = SimpleNamespace(send_progress_text=lambda text, node_id: messages.append((text, node_id)))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
     return messages
