@@ -15,6 +15,7 @@ from harness.host import Host
 from harness.workflow import to_api
 
 ROOT = Path(__file__).resolve().parents[2]
+PREVIEW = "video-preview"  # the page's own, once it has loaded the video (1.49); the server has no such input
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 
@@ -169,6 +170,8 @@ def test_converter_agrees_with_the_page(workflow: dict[str, Any] | Path, page: P
         workflow = json.loads(workflow.read_text())
     page.load(workflow)
     of_page = {k: {name: n[name] for name in ("class_type", "inputs")} for k, n in page.to_api().items()}
+    for node in of_page.values():
+        node["inputs"].pop(PREVIEW, None)
     assert to_api(workflow, server.get("/object_info")) == of_page
 
 
