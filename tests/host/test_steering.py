@@ -250,6 +250,11 @@ def test_a_prompt_that_cannot_be_had_does_not_end_the_run(model, clip, shown):
     assert SECOND not in said
 
 
+def test_a_prompt_that_no_chunk_comes_after_is_said_to_be_lost(model, clip, shown):
+    stream(model, clip, Pages({2: [Change(SECOND, 0)]}), start=beginning(clip, 2))
+    assert "was not applied: no chunk has come after it" in shown[-1][0]
+
+
 @pytest.mark.parametrize("positive", ["another length", "another text encoder"])
 def test_what_cannot_be_steered_is_refused_before_any_work(model, clip, positive):
     if positive == "another length":
@@ -319,6 +324,20 @@ def test_cancel_keeps_what_is_finished_and_names_it(model, clip, shown, batch):
     [session] = sessions()
     assert (session.state, session.describe()["file"], session.file.frames) == ("stopped", True, 99)
     prompts = SteeredPrompts.from_json(session.file.target.with_suffix(".json").read_text(encoding="utf-8"))
-    assert prompts.begins_with == FIRST
+    assert (prompts.begins_with, prompts.chunks, prompts.changes) == (FIRST, 3, {1: APPLIED[1]})
     assert any(f"Cancelled. What was finished is in {session.file.target}" in text for text, _ in shown)
     assert sum(name.endswith(".mp4") for name in temporary_files()) == batch
+
+
+def test_the_prompt_of_a_chunk_that_was_cancelled_is_not_beside_the_video(model, clip):
+    def cancel(executor, *args, **kwargs):
+        if len(sessions()[-1].steering.applied) == len(APPLIED):
+            comfy.model_management.interrupt_current_processing()
+        return executor(*args, **kwargs)
+
+    cancelled = model.clone()
+    cancelled.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(cancelled, clip, Pages(ASKED))
+    prompts = SteeredPrompts.from_json(sessions()[-1].file.target.with_suffix(".json").read_text(encoding="utf-8"))
+    assert (prompts.chunks, prompts.changes) == (3, {1: APPLIED[1]})
