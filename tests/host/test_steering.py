@@ -1,6 +1,7 @@
 """A video that is steered while it is made: by the same prompts at the same chunks it is made again, exactly."""
 
 import json
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_easycache import EasyCacheNode
 from safetensors.torch import load_file
 
 from comfyui_helios.helios_core.schedule import BASE
@@ -202,6 +204,14 @@ def test_it_goes_on_until_somebody_says_finish_and_makes_what_was_asked_at_least
     assert (told["frames"], told["written"], told["steering"]["finishing"]) == (None, 33 * chunks, True)
     _, again, _ = stream(model, clip, Pages({}), **settings)  # it has its end
     assert torch.equal(again, latents)
+
+
+def test_a_cache_of_steps_counts_all_chunks_of_a_run_without_an_end(model, clip, caplog):
+    caplog.set_level(logging.INFO)
+    [cached] = EasyCacheNode.execute(model.clone(), 1e9, 0.0, 1.0, False).result
+    schedule = replace(BASE, steps=(8,), zero_init=False)
+    stream(cached, clip, Pages({}, finish_after=3), schedule, beginning(clip, 1), until_finished=True)
+    assert "EasyCache - skipped 6/8 steps (4.00x speedup)." in caplog.messages  # a chunk's, on average
 
 
 def test_a_run_without_an_end_that_was_killed_goes_on_from_where_it_was(model, clip):
