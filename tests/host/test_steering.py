@@ -1,5 +1,6 @@
 """A video that is steered while it is made: by the same prompts at the same chunks it is made again, exactly."""
 
+import itertools
 import json
 import logging
 import time
@@ -231,11 +232,15 @@ def test_nobody_could_finish_it_without_live(model, clip):
 
 
 def test_it_ends_by_itself_before_the_disk_is_full(model, clip, monkeypatch, shown):
-    room = iter([2**40, 2**40, 1000])
+    room = itertools.chain([2**40, 2**40, 1000], itertools.repeat(2**40))
     monkeypatch.setattr(video_writer, "disk_usage", lambda folder: type("Usage", (), {"free": next(room)}))
     _, latents, _ = stream(model, clip, Pages({}), until_finished=True, start=beginning(clip, 1))
     assert latents.shape[2] == 9 * 4
     assert any("The disk is nearly full" in text for text, _ in shown)
+    # Somebody has made room.
+    _, more, _ = stream(model, clip, Pages({}, finish_after=5), until_finished=True, start=beginning(clip, 1))
+    assert more.shape[2] == 9 * 6
+    assert torch.equal(of_chunks(more, 0, 4), latents)
 
 
 def test_a_prompt_that_cannot_be_had_does_not_end_the_run(model, clip, shown):
