@@ -72,8 +72,9 @@ class SteeredPrompts:
             chunks = _whole_number("`chunks`", values.get("chunks"), 1, MOST_CHUNKS)
             return cls(begins_with, chunks, _by_chunk(changes))
         except ValueError as error:
+            reason = str(error).rstrip(".")
             raise ValueError(
-                f"`steered` holds no prompts of a steered video: {str(error).rstrip('.')}. Paste what is in the .json file that Helios "
+                f"`steered` holds no prompts of a steered video: {reason}. Paste what is in the .json file that Helios "
                 "Stream Video has written beside it, or leave it empty."
             ) from error
 
