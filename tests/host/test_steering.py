@@ -207,6 +207,13 @@ def test_it_goes_on_until_somebody_says_finish_and_makes_what_was_asked_at_least
     assert torch.equal(again, latents)
 
 
+def test_where_nothing_is_trimmed_nobody_is_told_that_it_cannot_be(model, clip, shown):
+    positive, negative, latent = beginning(clip, 1)
+    start = positive, negative, {"samples": latent["samples"]}
+    stream(model, clip, Pages({}, finish_after=1), start=start, until_finished=True, trim=True)
+    assert not any("Not trimmed" in text for text, _ in shown)
+
+
 def test_a_cache_of_steps_counts_all_chunks_of_a_run_without_an_end(model, clip, caplog):
     caplog.set_level(logging.INFO)
     [cached] = EasyCacheNode.execute(model.clone(), 1e9, 0.0, 1.0, False).result
