@@ -85,8 +85,8 @@ class PromptTurns:
             self.notes.warn("A prompt that was waiting was not applied: no chunk has come after it.")
         run, file = self.guider.run, prompts_beside(video)
         chunks = self.guider.next_index - run.first_index
-        # Not the one of a chunk that was begun and cancelled.
-        changes = {position: change for position, change in self.steering.applied.items() if position < chunks}
+        self.steering.forget_from(chunks)
+        changes = self.steering.applied
         if not changes:
             return
         prompts = SteeredPrompts(self.begins_with, chunks, changes)

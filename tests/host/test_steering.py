@@ -361,5 +361,7 @@ def test_the_prompt_of_a_chunk_that_was_cancelled_is_not_beside_the_video(model,
     cancelled.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", cancel)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stream(cancelled, clip, Pages(ASKED))
-    prompts = SteeredPrompts.from_json(sessions()[-1].file.target.with_suffix(".json").read_text(encoding="utf-8"))
+    [session] = sessions()
+    prompts = SteeredPrompts.from_json(session.file.target.with_suffix(".json").read_text(encoding="utf-8"))
     assert (prompts.chunks, prompts.changes) == (3, {1: APPLIED[1]})
+    assert events(session.describe()["steering"]) == {1: APPLIED[1]}
