@@ -168,7 +168,8 @@ class HeliosStreamVideo(io.ComfyNode):
         check_target(video_folder(), width, height)
         if live and clip is not None:
             check_steerable(clip, positive)
-        first, end = shown_frames(latent, guider.run.chunks, trim and not until_finished, drop_first)
+        trim = trim and not until_finished
+        first, end = shown_frames(latent, guider.run.chunks, trim, drop_first)
         steering = Steering(prompts=clip is not None, endless=until_finished)
         if until_finished:
             end, guider.run = sys.maxsize, replace(guider.run, more=steering.goes_on)

@@ -7,10 +7,11 @@ const AVC_CONFIGURATION = [0x61, 0x76, 0x63, 0x43] // "avcC"
 const pause = milliseconds => new Promise(resolve => setTimeout(resolve, milliseconds))
 
 function once(target, event, failure) {
+    const settled = new AbortController() // takes both listeners away: every block of the file has its own
     return new Promise((resolve, reject) => {
-        target.addEventListener(event, resolve, { once: true })
-        failure.addEventListener("error", reject, { once: true })
-    })
+        target.addEventListener(event, resolve, { signal: settled.signal })
+        failure.addEventListener("error", reject, { signal: settled.signal })
+    }).finally(() => settled.abort())
 }
 
 /** "avc1.64001f" of the bytes with which an h264 file begins; null where they are too few. */

@@ -61,13 +61,11 @@ export class Steering {
                 headers: { "Content-Type": "application/json" },
                 body: JSON.stringify(what),
             })
-            if (response.ok && this.session.id === id) {
-                this.session.steering = await response.json()
-                this.show(this.session)
-                return
-            }
-            answer = await response.text()
+            answer = response.ok ? null : await response.text()
+            const steering = response.ok ? await response.json() : null
+            if (steering && this.session.id === id) this.session.steering = steering
         } catch {} // the server is gone: it says so
+        if (this.session.id !== id) return // another video by now
         this.answer = answer
         this.show(this.session)
     }

@@ -111,7 +111,9 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             self.on_step()
 
         loop = generate(self.bind_chunk, run.after(self.done, self.memory.to(device)), on_step)
-        with self.caching(device), counting_skipped_steps(self.model_options, self.options, run.chunks - self.done):
+        begun = self.next_index
+        counting = counting_skipped_steps(self.model_options, self.options, lambda: self.next_index - begun)
+        with self.caching(device), counting:
             for chunk in loop:
                 self.memory, self.next_index = chunk.memory, chunk.index + 1
                 self.on_chunk(chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,13 +24,14 @@ def restart_step_cache(options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def counting_skipped_steps(given: dict[str, Any], options: dict[str, Any], chunks: int) -> Iterator[None]:
+def counting_skipped_steps(given: dict[str, Any], options: dict[str, Any], made: Callable[[], int]) -> Iterator[None]:
     """While `options` are used in place of the model_options that the host has `given`.
 
-    At the end it compares the steps skipped, by the cache there, with those of one chunk: it is told their mean.
+    At the end it compares the steps skipped, by the cache there, with those of one chunk: it is told their mean over
+    the chunks that are made by then.
     """
     try:
         yield
     finally:
-        if (cache := options["transformer_options"].get(KEY)) is not None and chunks:
+        if (cache := options["transformer_options"].get(KEY)) is not None and (chunks := made()):
             given["transformer_options"][KEY].total_steps_skipped = round(cache.total_steps_skipped / chunks)

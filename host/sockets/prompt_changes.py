@@ -26,12 +26,8 @@ class Change:
     transition: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.strip() or len(self.prompt) > MAX_CHARACTERS:
-            raise ValueError(f"A prompt is a text of 1 to {MAX_CHARACTERS} characters, got {quoted(self.prompt)}.")
-        try:
-            self.prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("A prompt is text that can be written as UTF-8.") from error
+        if not _text(self.prompt).strip():
+            raise ValueError(f"A prompt that is to take over has at least a word, got {quoted(self.prompt)}.")
         _whole_number("A transition", self.transition, 0, LONGEST_TRANSITION)
 
     def as_dict(self) -> dict[str, Any]:
@@ -70,14 +66,15 @@ class SteeredPrompts:
                 raise ValueError(f"its format is {quoted(values.get('format'))} instead of {quoted(FORMAT)}")
             begins_with, changes = values.get("begins_with"), values.get("prompts")
             if begins_with is not None:
-                Change(begins_with, 0)
+                _text(begins_with)
             if not isinstance(changes, list) or len(changes) > MOST_CHANGES:
                 raise ValueError(f"`prompts` is no list of at most {MOST_CHANGES}")
             chunks = _whole_number("`chunks`", values.get("chunks"), 1, MOST_CHUNKS)
             return cls(begins_with, chunks, _by_chunk(changes))
         except ValueError as error:
+            reason = str(error).rstrip(".")
             raise ValueError(
-                f"`steered` holds no prompts of a steered video: {error}. Paste what is in the .json file that Helios "
+                f"`steered` holds no prompts of a steered video: {reason}. Paste what is in the .json file that Helios "
                 "Stream Video has written beside it, or leave it empty."
             ) from error
 
@@ -106,6 +103,17 @@ def still_shown(changes: Mapping[int, Change], chunk: int) -> dict[int, Change]:
             break
         end = start
     return dict(sorted(shown.items()))
+
+
+def _text(prompt: Any) -> str:
+    """The prompt, which may be empty where a video begins. Raises ValueError for what is none."""
+    if not isinstance(prompt, str) or len(prompt) > MAX_CHARACTERS:
+        raise ValueError(f"A prompt is a text of at most {MAX_CHARACTERS} characters, got {quoted(prompt)}.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("A prompt is text that can be written as UTF-8.") from error
+    return prompt
 
 
 def _whole_number(name: str, value: Any, low: int, high: int) -> int:

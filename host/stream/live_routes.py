@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from comfy.cli_args import args
@@ -59,7 +58,7 @@ async def send_video(request: web.Request) -> web.StreamResponse:
         return await _finished(session)
     response = web.StreamResponse(headers={**NO_STORE, "Content-Type": "video/mp4"})
     await response.prepare(request)
-    while not session.file.keys and not session.file.closed:
+    while session.state == "running" and not session.file.keys and not session.file.closed:
         await asyncio.sleep(PAUSE)
     try:
         grown = session.file.part.open("rb")
@@ -85,6 +84,8 @@ async def control(request: web.Request) -> web.Response:
     session = _session(request)
     if request.content_type != "application/json":  # a form of another page can send anything else
         raise web.HTTPUnsupportedMediaType(text="Send application/json.")
+    if "Content-Encoding" in request.headers:  # aiohttp would unpack it, to any length
+        raise web.HTTPUnsupportedMediaType(text="Send it as it is, not compressed.")
     if request.content_length is None or request.content_length > MOST_BYTES:
         raise web.HTTPRequestEntityTooLarge(MOST_BYTES, request.content_length or 0, text="At most 16 KiB are read.")
     if session.state != "running":
@@ -153,7 +154,8 @@ def _refuse_foreign(request: web.Request) -> None:
     if allowed == "*":
         return
     origin = request.headers.get("Origin")
-    same = origin is None or origin == allowed or urlsplit(origin).netloc.lower() == request.host.lower()
+    own = {f"{scheme}://{request.host}".lower() for scheme in ("http", "https")}  # a proxy may speak https for us
+    same = origin is None or origin == allowed or origin.lower() in own
     crossed = origin is None and request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") and not allowed
     if not same or crossed:
         raise web.HTTPForbidden(text="Pages of another address may neither watch nor steer.")

@@ -77,6 +77,7 @@ class VideoFile:
         self.crf, self.bit_depth = crf, bit_depth
         self.frames = 0
         self.container: av.container.OutputContainer | None = None
+        self.stream: Any = None  # and with it the encoder, whose memory goes when this does
 
     def write(self, frames: Tensor) -> None:
         """Append frames (F, H, W, 3) in 0..1. Raises OSError when the disk is full or the folder gone."""
@@ -101,6 +102,7 @@ class VideoFile:
             if found != self.frames:
                 raise OSError(PACKET_CHECK.format(found=found, expected=self.frames))
             whole.replace(self.target)
+        self.stream = None
         return self.target
 
     def discard(self) -> None:
@@ -112,6 +114,7 @@ class VideoFile:
         except (OSError, av.FFmpegError) as error:  # the disk may be full; the file goes anyway
             log.debug("Closing %s, which is taken away: %s", self.part, error)
         finally:
+            self.stream = None
             for file in (self.part, self.target):
                 with contextlib.suppress(OSError):
                     file.unlink(missing_ok=True)

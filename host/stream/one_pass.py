@@ -20,7 +20,7 @@ from .video_writer import VideoWriter
 
 
 class OnePass:
-    """Samples what is not done and writes everything; what changes on the way are its last three fields.
+    """Samples what is not done and writes everything; what changes on the way are its last four fields.
 
     With `overlap` a chunk is encoded, and where both models fit also decoded, while the next one is denoised; otherwise
     all take turns on the node's own thread.
@@ -35,6 +35,7 @@ class OnePass:
         self.background = Background()
         self.tail: Tensor | None = None  # the newest chunk (B, 16, 9, H, W), in VAE space
         self.model_may_be_gone = False  # another model has asked for room
+        self.disk_is_full = False  # nearly: it ends, and with `resume` it goes on another time
 
     def run(self) -> tuple[list[Path], Tensor]:
         """The files of the batch, and the last chunk (B, 16, 9, H, W) in VAE space.
@@ -91,13 +92,14 @@ class OnePass:
         guider, writer = self.guider, self.writer
         position = chunk.index - guider.run.first_index
         if self.saved is not None:
-            change, finished = self.steering.applied.get(position), chunk.last and self.steering.endless
-            state = guider.run.rng.get_state()
+            change, state = self.steering.applied.get(position), guider.run.rng.get_state()
+            finished = chunk.last and self.steering.endless and not self.disk_is_full
             self.saved.save(position, SavedChunk(chunk.latents, chunk.memory, state, change, finished))
         self.tail = to_vae_space(chunk.latents)
         self.background.wait()
         check_interrupt()
         if self.steering.goes_on(chunk.index + 1) and writer.is_short_of_room():
+            self.disk_is_full = True
             self.steering.finish()
             self.prompts.notes.warn("The disk is nearly full: the video ends here, while there is room to finish it.")
         if self.decode_beside and fits_now(guider, writer.vae):

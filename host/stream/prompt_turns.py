@@ -81,11 +81,15 @@ class PromptTurns:
 
     def write_beside(self, video: Path) -> None:
         """The prompts of a video that was steered, for Helios Prompt Schedule."""
+        if self.steering.is_asked:
+            self.notes.warn("A prompt that was waiting was not applied: no chunk has come after it.")
+        run, file = self.guider.run, prompts_beside(video)
+        chunks = self.guider.next_index - run.first_index
+        self.steering.forget_from(chunks)
         changes = self.steering.applied
         if not changes:
             return
-        run, file = self.guider.run, prompts_beside(video)
-        prompts = SteeredPrompts(self.begins_with, self.guider.next_index - run.first_index, changes)
+        prompts = SteeredPrompts(self.begins_with, chunks, changes)
         try:
             file.write_text(prompts.to_json(run.rng.initial_seed()), encoding="utf-8")
         except OSError as error:  # the video is there all the same

@@ -55,6 +55,11 @@ class Steering:
             self._applied[position] = change
             self.refusal = None
 
+    def forget_from(self, position: int) -> None:
+        """The run has ended with chunk `position` not made, though it may have been begun."""
+        with self._lock:
+            self._applied = {before: change for before, change in self._applied.items() if before < position}
+
     @property
     def applied(self) -> Mapping[int, Change]:
         """By how many chunks of the run come before."""

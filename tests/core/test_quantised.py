@@ -87,6 +87,19 @@ def test_a_video_of_scaled_weights_is_that_of_the_weights_they_stand_for(tmp_pat
     assert difference(found, video(network(), QUICK, "cpu")) > 1e-3  # rounding tells
 
 
+@pytest.mark.parametrize(("kind", "name"), [("metadata", "input_scale"), ("legacy", "scale_input")])
+def test_a_measured_input_changes_nothing_where_nobody_multiplies_in_fp8(tmp_path, weights, kind, name):
+    layers = block_layers(weights)
+    measured = {f"{layers[0]}.{name}".replace(".", "__"): torch.tensor(0.25)}
+    files = [
+        write_scaled(tmp_path / f"{len(more)}.safetensors", weights, layers, kind=kind, config=CONFIG, **more)
+        for more in ({}, measured)
+    ]
+    expected, found = (load_transformer(file).state_dict() for file in files)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].float(), x.float()) for name, x in expected.items())
+
+
 def test_layers_outside_of_the_blocks_are_decoded_as_they_are_read(tmp_path, weights):
     layers = ["condition_embedder.time_proj", "condition_embedder.time_embedder.linear_1", "proj_out"]
     file = write_scaled(tmp_path / "a.safetensors", weights, layers, kind="legacy", config=CONFIG)

@@ -1,12 +1,13 @@
 """What a run can be asked for over HTTP, by whom, and how much of it. On the pack's own routes, in this process."""
 
 import asyncio
+import gzip
 import json
 import sys
 from types import SimpleNamespace
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from comfy.cli_args import args
 
@@ -126,6 +127,20 @@ def test_more_than_16_kib_are_not_read(routes, run):
     assert (status, fits) == (413, 200)
 
 
+def test_what_is_packed_is_not_unpacked(routes, run):
+    """16 KiB can hold many megabytes."""
+    data = gzip.compress(json.dumps({"prompt": "a" * 90_000, "transition": 0}).encode())
+    [(status, text)] = sent(routes, asked(run, data, {**JSON, "Content-Encoding": "gzip"}))
+    assert (status, text) == (415, "Send it as it is, not compressed.")
+    assert run.steering.take() is None
+
+
+def test_who_waits_for_the_first_picture_of_a_run_that_fails_before_it_is_let_go(routes, tmp_path):
+    with on_air(LiveFile(tmp_path, 24, 18, "8"), Watched("5", None, 33), Steering(False, False)) as failed:
+        pass
+    assert sent(routes, {"path": f"/helios/live/{failed.id}.mp4", "timeout": ClientTimeout(10)}) == [(200, "")]
+
+
 def test_of_a_thousand_posts_64_wait(routes, run):
     answers = sent(routes, *[asked(run, {"prompt": f"Number {i}", "transition": 0}) for i in range(1000)])
     assert [status for status, _ in answers] == [200] * MOST_WAITING + [429] * (1000 - MOST_WAITING)
@@ -140,7 +155,9 @@ def test_of_a_thousand_posts_64_wait(routes, run):
         ({}, None, 200),
         ({"Origin": "http://studio.lan:8188"}, None, 200),
         ({"Origin": "https://evil.example"}, None, 403),
+        ({"Origin": "https://studio.lan:8188"}, None, 200),
         ({"Origin": "http://studio.lan:9999"}, None, 403),
+        ({"Origin": "http://["}, None, 403),
         ({"Origin": "http://studio.lan"}, None, 403),
         ({"Origin": "null"}, None, 403),
         ({"Origin": ""}, None, 403),

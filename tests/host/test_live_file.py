@@ -1,6 +1,7 @@
 """A video file that is watched while it grows: what can be read at any moment, and what is left at the end."""
 
 import errno
+import gc
 from fractions import Fraction
 from io import BytesIO
 
@@ -81,6 +82,22 @@ def test_who_reads_while_it_ends_has_all_of_it(tmp_path):
         file.finish()
         assert file.closed
         assert len(decoded(begin + reader.read())) == CHUNK
+
+
+@pytest.mark.parametrize("end", [LiveFile.finish, LiveFile.discard])
+def test_a_file_that_has_ended_holds_no_encoder(tmp_path, end):
+    """The host's server remembers the newest of them, and an encoder takes dozens of megabytes."""
+
+    def encoders():
+        gc.collect()
+        return sum(isinstance(x, av.VideoStream) for x in gc.get_objects())
+
+    before = encoders()
+    file = LiveFile(tmp_path, 24, 18, "8")
+    file.write(chunks(1)[0])
+    assert encoders() == before + 1
+    end(file)
+    assert encoders() == before
 
 
 class FullDisk(BytesIO):

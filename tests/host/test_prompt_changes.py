@@ -21,7 +21,7 @@ def text(**changed):
 
 
 def test_it_comes_back_from_one_line_as_it_was():
-    for begins_with in ("A red fox.", None):
+    for begins_with in ("A red fox.", "", None):  # a video may begin with an empty prompt
         prompts = SteeredPrompts(begins_with, 7, CHANGES)
         line = prompts.to_json(42)
         assert "\n" not in line and json.loads(line)["seed"] == 42
@@ -37,11 +37,12 @@ def test_it_comes_back_from_one_line_as_it_was():
         ("[" * 100_000, "nested more than"),
         (text(chunks=0), "`chunks` is a whole number from 1 to 99999, got 0"),
         (text(chunks=True), "`chunks` is a whole number"),
-        (text(begins_with=" "), "A prompt is a text"),
+        (text(begins_with="A" * 100_001), "A prompt is a text"),
         (text(begins_with=["A"]), "A prompt is a text"),
         (text(prompts={}), "`prompts` is no list of at most 2000"),
         (text(prompts=["A"]), "one of `prompts` is 'A'"),
         (text(prompts=[{"after_chunk": 1, "prompt": "A"}]), "has a prompt and a transition"),
+        (text(prompts=[{"after_chunk": 1, "prompt": " ", "transition": 0}]), "has at least a word, got ' '. Paste"),
         (text(prompts=[{"after_chunk": -1, "prompt": "A", "transition": 0}]), "`after_chunk` is a whole number"),
         (text(prompts=[{"after_chunk": 1, "prompt": "A", "transition": 1e9}]), "A transition is a whole number"),
         (text(prompts=[{"after_chunk": 1, "prompt": "A", "transition": 0}] * 2), "two prompts come after chunk 1"),

@@ -1,6 +1,8 @@
 """A video that is steered while it is made: by the same prompts at the same chunks it is made again, exactly."""
 
+import itertools
 import json
+import logging
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_easycache import EasyCacheNode
 from safetensors.torch import load_file
 
 from comfyui_helios.helios_core.schedule import BASE
@@ -204,6 +207,21 @@ def test_it_goes_on_until_somebody_says_finish_and_makes_what_was_asked_at_least
     assert torch.equal(again, latents)
 
 
+def test_where_nothing_is_trimmed_nobody_is_told_that_it_cannot_be(model, clip, shown):
+    positive, negative, latent = beginning(clip, 1)
+    start = positive, negative, {"samples": latent["samples"]}
+    stream(model, clip, Pages({}, finish_after=1), start=start, until_finished=True, trim=True)
+    assert not any("Not trimmed" in text for text, _ in shown)
+
+
+def test_a_cache_of_steps_counts_all_chunks_of_a_run_without_an_end(model, clip, caplog):
+    caplog.set_level(logging.INFO)
+    [cached] = EasyCacheNode.execute(model.clone(), 1e9, 0.0, 1.0, False).result
+    schedule = replace(BASE, steps=(8,), zero_init=False)
+    stream(cached, clip, Pages({}, finish_after=3), schedule, beginning(clip, 1), until_finished=True)
+    assert "EasyCache - skipped 6/8 steps (4.00x speedup)." in caplog.messages  # a chunk's, on average
+
+
 def test_a_run_without_an_end_that_was_killed_goes_on_from_where_it_was(model, clip):
     settings = {"until_finished": True, "start": beginning(clip, 2)}
     _, whole, _ = stream(model, clip, Pages(ASKED, finish_after=4), **settings)
@@ -221,11 +239,15 @@ def test_nobody_could_finish_it_without_live(model, clip):
 
 
 def test_it_ends_by_itself_before_the_disk_is_full(model, clip, monkeypatch, shown):
-    room = iter([2**40, 2**40, 1000])
+    room = itertools.chain([2**40, 2**40, 1000], itertools.repeat(2**40))
     monkeypatch.setattr(video_writer, "disk_usage", lambda folder: type("Usage", (), {"free": next(room)}))
     _, latents, _ = stream(model, clip, Pages({}), until_finished=True, start=beginning(clip, 1))
     assert latents.shape[2] == 9 * 4
     assert any("The disk is nearly full" in text for text, _ in shown)
+    # Somebody has made room.
+    _, more, _ = stream(model, clip, Pages({}, finish_after=5), until_finished=True, start=beginning(clip, 1))
+    assert more.shape[2] == 9 * 6
+    assert torch.equal(of_chunks(more, 0, 4), latents)
 
 
 def test_a_prompt_that_cannot_be_had_does_not_end_the_run(model, clip, shown):
@@ -248,6 +270,11 @@ def test_a_prompt_that_cannot_be_had_does_not_end_the_run(model, clip, shown):
     assert "not applied after chunk 1. The text encoder ran out of memory. Load it on the CPU" in said
     assert "not applied after chunk 2. The text encoder on `clip` is 31 wide, the model expects 32" in said
     assert SECOND not in said
+
+
+def test_a_prompt_that_no_chunk_comes_after_is_said_to_be_lost(model, clip, shown):
+    stream(model, clip, Pages({2: [Change(SECOND, 0)]}), start=beginning(clip, 2))
+    assert "was not applied: no chunk has come after it" in shown[-1][0]
 
 
 @pytest.mark.parametrize("positive", ["another length", "another text encoder"])
@@ -319,6 +346,22 @@ def test_cancel_keeps_what_is_finished_and_names_it(model, clip, shown, batch):
     [session] = sessions()
     assert (session.state, session.describe()["file"], session.file.frames) == ("stopped", True, 99)
     prompts = SteeredPrompts.from_json(session.file.target.with_suffix(".json").read_text(encoding="utf-8"))
-    assert prompts.begins_with == FIRST
+    assert (prompts.begins_with, prompts.chunks, prompts.changes) == (FIRST, 3, {1: APPLIED[1]})
     assert any(f"Cancelled. What was finished is in {session.file.target}" in text for text, _ in shown)
     assert sum(name.endswith(".mp4") for name in temporary_files()) == batch
+
+
+def test_the_prompt_of_a_chunk_that_was_cancelled_is_not_beside_the_video(model, clip):
+    def cancel(executor, *args, **kwargs):
+        if len(sessions()[-1].steering.applied) == len(APPLIED):
+            comfy.model_management.interrupt_current_processing()
+        return executor(*args, **kwargs)
+
+    cancelled = model.clone()
+    cancelled.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", cancel)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stream(cancelled, clip, Pages(ASKED))
+    [session] = sessions()
+    prompts = SteeredPrompts.from_json(session.file.target.with_suffix(".json").read_text(encoding="utf-8"))
+    assert (prompts.chunks, prompts.changes) == (3, {1: APPLIED[1]})
+    assert events(session.describe()["steering"]) == {1: APPLIED[1]}

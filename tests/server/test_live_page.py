@@ -59,6 +59,19 @@ VIDEO = """() => { const video = document.querySelector('.helios-live video')
         error: video.error?.message ?? null, words: document.querySelector('.helios-live [role=status]').textContent,
         line: document.querySelector('.helios-live').innerText}) }"""
 
+# An answer of the server that comes when the player has gone on to another video.
+ASK = """async answer => {
+    const { Steering } = await import('/extensions/ComfyUI-Helios/helios_steer.js')
+    const { api } = await import('/scripts/api.js')
+    const session = id => ({ id, state: 'running', steering: { prompts: true, applied: [] } })
+    const steering = new Steering()
+    steering.show(session('first'))
+    const original = api.fetchApi
+    api.fetchApi = async () => { steering.show(session('second')); return new Response('{}', answer) }
+    try { await steering.ask({ finish: true }) } finally { api.fetchApi = original }
+    return [steering.answer, steering.state.textContent, steering.session.steering.applied]
+}"""
+
 
 def video(page):
     return json.loads(page.page.evaluate(VIDEO))
@@ -126,3 +139,8 @@ def test_it_plays_in_a_subgraph_too_and_speaks_chinese(browser, server):
         finally:
             page.page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
         assert page.errors == []
+
+
+@pytest.mark.parametrize("status", [200, 429])
+def test_what_is_answered_about_another_video_is_not_said_of_this_one(page, status):
+    assert page.page.evaluate(ASK, {"status": status}) == [None, "", []]
