@@ -114,6 +114,7 @@ def video_frames(video: Any) -> Tensor:
     images, rate = components.images, _frame_rate(components.frame_rate)
     if rate == FRAME_RATE or len(images) == 0:
         return images
+    check_images(images)
     step = rate / FRAME_RATE
     count = max(1, round(len(images) / step))
     check_room(f"The video's {count} frames at {FRAME_RATE} a second", count * images[:1].nbytes, images.device)

@@ -190,6 +190,11 @@ def test_two_seconds_of_30_fps_are_48_frames():
     assert len(video_frames(video(numbered(60), Fraction(30)))) == 48
 
 
+def test_a_video_of_no_images_is_refused_before_it_is_resampled():
+    with pytest.raises(ValueError, match="int64; expected float in 0..1 or uint8"):
+        video_frames(video(numbered(10).long(), Fraction(1, 10**9)))
+
+
 def test_a_hardly_slower_video_loses_no_frame():
     assert shown(video_frames(video(numbered(240), Fraction(24000, 1001)))) == list(range(240))
 
