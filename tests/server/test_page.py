@@ -72,7 +72,6 @@ def settings(name):
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
 def test_a_workflow_opens_runs_and_plays(page, files, name):
     workflow = read_workflow(name)
-    page.open()
     state = page.load(workflow)
     assert len(state["nodes"]) == len(workflow["nodes"])
     assert state["links"] == len(workflow["links"])
