@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -123,23 +124,30 @@ def test_interrupted_it_keeps_its_workers_and_goes_on(host, info):
     assert "Resumed after chunk" in host.log.read_text()
 
 
-@pytest.mark.timeout(240 + 60 * KILLS)
+@pytest.mark.timeout(240 + 120 * KILLS)
 def test_workers_killed_at_any_moment_are_told_and_the_video_is_resumed(host, info):
     """Each time another crf, which makes the host run the node again and changes no latents."""
     expected = saved(host, stream_api(info, seed=6, resume=False))
     seed = random.randrange(10**6)
     moments = random.Random(seed)
-    for number in range(KILLS):
+    killed = 0
+    for number in range(3 * KILLS):  # what the server says may come late: a run may be over before its worker is killed
         shutil.rmtree(host.output)
         host.output.mkdir()
-        api = on_two(stream_api(info, seed=6, crf=10 + number))
-        step, victim = moments.randint(1, STEPS - 8), moments.randrange(2)
-        print(f"kill {number + 1} of {KILLS} (seed {seed}): worker {victim + 1} at step {step}")
-        with pytest.raises(ExecutionFailed, match=r"worker \d of 2 has ended"):
+        api = on_two(stream_api(info, seed=6, crf=number % 52))
+        step, victim = moments.randint(1, STEPS // 2), moments.randrange(2)
+        print(f"run {number + 1} (seed {seed}): worker {victim + 1} at step {step}")
+        try:
             run_workflow(host.url, api, on_event=killing(host, step, victim))
-        assert workers(host) == [] and left_in_temp(host) == []
-        assert difference(saved(host, api), expected) <= TOLERANCE
-        assert len(workers(host)) == 2
+        except ExecutionFailed as error:
+            assert re.search(r"worker \d of 2 has ended", str(error))
+            assert workers(host) == [] and left_in_temp(host) == []
+            assert difference(saved(host, api), expected) <= TOLERANCE
+            assert len(workers(host)) == 2
+            killed += 1
+        if killed == KILLS:
+            return
+    pytest.fail(f"Of {3 * KILLS} runs, {killed} were going on when their worker was killed.")
 
 
 def test_nothing_of_the_workers_outlives_the_server(models, tmp_path):
