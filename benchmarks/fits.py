@@ -23,15 +23,14 @@ LEVELS: tuple[Literal["block", "leaf"] | None, ...] = (None, "block", "leaf")
 def network(kept: int | None) -> Any:
     """The 14B on meta, its blocks but for those in scaled fp8."""
     from comfyui_helios.helios_core.config import TransformerConfig
+    from comfyui_helios.helios_core.loading import replace_layers
     from comfyui_helios.helios_core.scaled_linear import ScaledLinear
     from comfyui_helios.helios_core.transformer import HeliosTransformer
 
     model = HeliosTransformer(TransformerConfig(), dtype=torch.bfloat16, device="meta").requires_grad_(False)
     for block in () if kept is None else model.blocks[kept : len(model.blocks) - kept]:
-        for name, linear in list(block.named_modules()):
-            if isinstance(linear, torch.nn.Linear):
-                parent, _, child = name.rpartition(".")
-                setattr(block.get_submodule(parent), child, ScaledLinear(linear))
+        linears = [name for name, x in block.named_modules() if isinstance(x, torch.nn.Linear)]
+        replace_layers(block, linears, lambda name, linear: ScaledLinear(linear))
     return model
 
 

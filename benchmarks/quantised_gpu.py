@@ -13,6 +13,7 @@ from measure import Row, in_turns
 from torch import Tensor, nn
 
 from harness.errors import mean_error
+from helios_core.loading import replace_layers
 from helios_core.scaled_linear import LARGEST, ScaledLinear, quantise, scale_of
 from helios_core.transformer import HeliosTransformer
 
@@ -60,11 +61,7 @@ def with_layers(
 ) -> HeliosTransformer:
     """A network of these weights; what is not quantised it shares with the one that they are of."""
     small = HeliosTransformer(network.config, dtype=network.dtype, device="meta")
-    for layer in matrices(small):
-        parent, _, child = layer.rpartition(".")
-        linear = small.get_submodule(layer)
-        assert isinstance(linear, nn.Linear)
-        setattr(small.get_submodule(parent), child, make(linear))
+    replace_layers(small, matrices(small), lambda name, linear: make(linear))
     small.load_state_dict(weights, assign=True)
     return small.eval().requires_grad_(False)
 

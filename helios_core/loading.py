@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,9 +35,17 @@ def replace_quantised(
     network: nn.Module, checkpoint: Checkpoint, make: Callable[[nn.Linear, QuantisedLayer], nn.Module]
 ) -> None:
     """Put what `make` makes in the place of a network's Linears that stay quantised."""
-    for name, layer in checkpoint.quantised_blocks.items():
+    layers = checkpoint.quantised_blocks
+    replace_layers(network, layers, lambda name, linear: make(linear, layers[name]))
+
+
+def replace_layers(network: nn.Module, names: Iterable[str], make: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Put what `make` makes of a Linear of a network, and of its name, in its place; names: of all of them."""
+    for name in names:
         parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, make(network.get_submodule(name), layer))  # type: ignore[arg-type]
+        linear = network.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(network.get_submodule(parent), child, make(name, linear))
 
 
 def load_weights(
