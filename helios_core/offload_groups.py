@@ -31,19 +31,24 @@ class Weight:
     offset: int = 0
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is an ordinary tensor, and can be had in `dtype`, unlike tensor classes for quantised weights."""
+        return type(self.own.data) is Tensor
+
+    @property
     def parts(self) -> list[Tensor]:
         """The plain tensors that hold its values: one, or those inside of a tensor class for quantised weights.
 
-        None where the class does not show them.
+        Empty where the class does not show them.
         """
-        if type(self.own.data) is Tensor:
+        if self.is_plain:
             return [self.own.data]
         return [getattr(self.own, name) for name in self._flat()[0]] if is_traceable_wrapper_subclass(self.own) else []
 
     @property
     def sizes(self) -> list[int]:
         """Bytes of the parts in a buffer."""
-        if type(self.own.data) is Tensor:
+        if self.is_plain:
             return [self.own.numel() * self.dtype.itemsize]
         return [part.nbytes for part in self.parts]
 
@@ -65,14 +70,14 @@ class Weight:
         """The parts' places in a buffer."""
         views, start = [], self.offset
         for part, size in zip(self.parts, self.sizes, strict=True):
-            dtype = self.dtype if type(self.own.data) is Tensor else part.dtype
+            dtype = self.dtype if self.is_plain else part.dtype
             views.append(buffer[start : start + size].view(dtype).view(part.shape))
             start += _aligned(size)
         return views
 
     def made_of(self, parts: list[Tensor]) -> nn.Parameter:
         """The parameter with these parts in place of its own."""
-        if type(self.own.data) is Tensor:
+        if self.is_plain:
             return nn.Parameter(parts[0], requires_grad=False)
         names, context = self._flat()
         # What is made outside of inference mode of such a class cannot be used within.
@@ -83,7 +88,7 @@ class Weight:
 
     def on_device(self, device: torch.device) -> nn.Parameter:
         """The parameter outside of the buffers."""
-        if type(self.own.data) is Tensor:
+        if self.is_plain:
             return self.made_of([self.own.data.to(device, self.dtype)])
         if parts := self.parts:
             return self.made_of([part.to(device) for part in parts])
