@@ -16,7 +16,7 @@ from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.quoting import quoted
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.safetensors_file import read_headers, read_tensors
-from support.checkpoints import ODD_HEADS, SMALL, assert_same, make_official_shards, make_weights, write_json
+from support.checkpoints import ODD_HEADS, SMALL, assert_same, make_weights, write_json
 
 REPACK = {
     "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
@@ -54,13 +54,6 @@ def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(path)
     return str(error.value)
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("official")
-    make_official_shards(folder)
-    return folder
 
 
 # What is read

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,24 +14,10 @@ from safetensors.torch import load_file, save_file
 from comfyui_helios.helios_core.checkpoint import open_checkpoint, published_name
 from comfyui_helios.helios_core.loading import load_transformer
 from comfyui_helios.helios_core.safetensors_file import read_tensors
-from support.checkpoints import ODD_HEADS, make_official_shards, make_weights
+from support.checkpoints import ODD_HEADS, make_weights
 from support.quantised import FP8, block_layers, write_scaled
-from support.scripts import as_module
 
 LONG = dataclasses.replace(ODD_HEADS, num_layers=8)
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    with as_module("convert_checkpoint") as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("official")
-    make_official_shards(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

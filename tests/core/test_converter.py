@@ -6,9 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,23 +15,10 @@ from safetensors.torch import load_file, save_file
 from comfyui_helios.helios_core.checkpoint import open_checkpoint, published_name
 from comfyui_helios.helios_core.safetensors_file import read_tensors
 from comfyui_helios.helios_core.transformer import HeliosTransformer
-from support.checkpoints import ODD_HEADS, SMALL, assert_same, make_official_shards, make_weights
-from support.scripts import SCRIPTS, as_module
+from support.checkpoints import ODD_HEADS, SMALL, assert_same, make_weights
+from support.scripts import SCRIPTS
 
 SCRIPT = SCRIPTS / "convert_checkpoint.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    with as_module("convert_checkpoint") as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("official")
-    make_official_shards(folder)
-    return folder
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn"])
