@@ -40,6 +40,16 @@ def info(host):
     return dict(host.get("/object_info"))
 
 
+@pytest.fixture(autouse=True)
+def no_workers_of_other_graphs(host):
+    """The server lets go of another graph's model up to ten seconds after its run."""
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    deadline = time.monotonic() + 60
+    while workers(host) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers(host) == []
+
+
 def on_two(api):
     """The same graph, with its model on two workers."""
     loader = find(api, "HeliosDiffusersLoader")
