@@ -1,12 +1,14 @@
 """The functions of `elementwise` as Triton kernels: each reads a tensor once and writes it once.
 
 A program has one token, whose row stays in registers. Where a norm is not torch's own it may cast, patch or fetch its
-weights: then it is called, and what is left is fused.
+weights: if it does not lend them, it is called, and what is left is fused.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,23 +171,25 @@ def gated_residual_norm(
     x: Tensor, update: Tensor, gate: Modulation, norm: nn.Module, start: int
 ) -> tuple[Tensor, Tensor]:
     """As in `elementwise`."""
-    if _computes_only(norm, nn.LayerNorm, x.device):
-        return _gate(x, update, gate, norm, start)
+    with _lent(norm, nn.LayerNorm, x.device, torch.float32) as weights:
+        if weights is not None:
+            return _gate(x, update, gate, (*weights, norm.eps), start)
     x = gated_residual(x, update, gate)
     return x, norm(x[:, start:].float()).to(x.dtype)
 
 
 def rms_norm_rope(x: Tensor, norm: nn.Module, rope: Tensor | None, heads: int) -> Tensor:
     """As in `elementwise`."""
-    norms = _computes_only(norm, nn.RMSNorm, x.device) and norm.weight.dtype == x.dtype
-    if not norms:
-        x = norm(x).contiguous()
-    if norms or rope is not None:
-        weight, eps = (norm.weight, norm.eps) if norms else (x, 0.0)
-        table = x if rope is None else rope if rope.stride(-1) == 1 else rope.contiguous()
-        strides = (*x.stride()[:2], *table.stride()[:2])
-        pairs = x.shape[-1] // heads // 2
-        _launch(_rms_norm_rope, x, weight, table, *strides, x.shape[-1], eps, pairs, norms, rope is not None)
+    with _lent(norm, nn.RMSNorm, x.device, x.dtype) as weights:
+        norms = weights is not None
+        if not norms:
+            x = norm(x).contiguous()
+        if norms or rope is not None:
+            weight, eps = (weights[0], norm.eps) if weights is not None else (x, 0.0)
+            table = x if rope is None else rope if rope.stride(-1) == 1 else rope.contiguous()
+            strides = (*x.stride()[:2], *table.stride()[:2])
+            pairs = x.shape[-1] // heads // 2
+            _launch(_rms_norm_rope, x, weight, table, *strides, x.shape[-1], eps, pairs, norms, rope is not None)
     return x.unflatten(-1, (heads, -1))
 
 
@@ -201,13 +205,13 @@ def _modulate(x: Tensor, update: Tensor | None, start: int, shift: Modulation, s
 
 
 def _gate(x: Tensor, update: Tensor, gate: Modulation, norm: Any = None, start: int = -1) -> tuple[Tensor, Tensor]:
-    """The sum, in update's memory, and what norm makes of its tokens from start on; of none of them without a norm."""
+    """The sum, in update's memory, and what a norm (weight, bias, eps) makes of its tokens from start on, if any."""
     batch, tokens, width = x.shape
     if norm is None:
         start = tokens
     summed = update.to(x.dtype).contiguous()
     normed = torch.empty((batch, tokens - start, width), dtype=x.dtype, device=x.device)
-    weight, bias, eps = (normed, normed, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    weight, bias, eps = (normed, normed, 0.0) if norm is None else norm
     rows, strides = _rows(batch, gate)
     sizes = (tokens, gate.history_tokens, start, width)
     _launch(_gated_residual_norm, x, summed, normed, *rows, weight, bias, *x.stride()[:2], *strides, *sizes, eps)
@@ -221,11 +225,23 @@ def _rows(batch: int, *modulations: Modulation) -> tuple[list[Tensor], tuple[int
     return [row for pair in pairs for row in pair], strides
 
 
-def _computes_only(norm: nn.Module, kind: type[nn.Module], device: torch.device) -> bool:
-    """Whether calling this norm does nothing but arithmetic on weights that are here: it is torch's own, unhooked."""
-    plain = type(norm).forward is kind.forward and "forward" not in vars(norm)
-    hooked = norm._forward_pre_hooks or norm._forward_hooks
-    return plain and not hooked and norm.weight is not None and norm.weight.device == device
+@contextmanager
+def _lent(
+    norm: nn.Module, kind: type[nn.Module], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor | None] | None]:
+    """Weight and bias to compute with in place of this norm, on this device; None where calling it may do more.
+
+    A norm of a host's lends them by a method `lend(device, dtype)`; torch's own has nothing to cast or to fetch.
+    """
+    replaced = "forward" in vars(norm) or norm._forward_pre_hooks or norm._forward_hooks
+    weight = norm.weight
+    if not replaced and hasattr(norm, "lend"):
+        with norm.lend(device, dtype) as weights:
+            yield weights
+    elif replaced or type(norm).forward is not kind.forward or weight is None:
+        yield None
+    else:
+        yield (weight, getattr(norm, "bias", None)) if (weight.device, weight.dtype) == (device, dtype) else None
 
 
 def _launch(kernel: Any, x: Tensor, *args: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.conds
@@ -39,6 +41,23 @@ class CastTable(Table, comfy.ops.CastWeightBiasOp):
         return weight
 
 
+def lending(norm: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """This norm of the host's, whose weights a kernel may have that norms and does more: see `helios_core.fused`."""
+
+    class Lending(norm):  # type: ignore[misc, valid-type]
+        @contextmanager
+        def lend(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                self, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True
+            )
+            try:
+                yield weight, bias
+            finally:
+                comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    return Lending
+
+
 def host_attention(transformer_options: dict[str, Any]) -> Attention:
     """By whatever backend the user runs, and what other nodes have put into these options."""
 
@@ -58,8 +77,9 @@ class HeliosNetwork(HeliosTransformer):
     """The core's transformer with the host's calling convention, attention backends, wrappers and block patches."""
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype, device: Any = None, operations: Any = None, **_):
-        with_table = type("Operations", (operations,), {"Table": CastTable})
-        super().__init__(config, dtype=dtype, device=device, operations=with_table)
+        norms = {name: lending(getattr(operations, name)) for name in ("LayerNorm", "RMSNorm")}
+        ours = type("Operations", (operations,), {"Table": CastTable, **norms})
+        super().__init__(config, dtype=dtype, device=device, operations=ours)
         self.in_channels = config.in_channels  # other nodes look it up here
 
     def forward(  # type: ignore[override]  # the host calls it by these names
