@@ -31,7 +31,7 @@ help:
 	@echo "make demo         a video through a real ComfyUI server, by the small model that comes with the pack"
 	@echo "                    HELIOS_MODELS=<ComfyUI models folder>  weights of your own instead"
 	@echo "                    HELIOS_WORKFLOW=<json>                 another workflow (UI or API format)"
-	@echo "make test         all tests; also test-core, test-host, test-server"
+	@echo "make test         all tests; also test-core, test-host, test-server, test-page"
 	@echo "                    BROWSER=0                              without the browser tests"
 	@echo "                    COMFYUI_PATH=<checkout>                against another ComfyUI; HOST_REQUIREMENTS and"
 	@echo "                                                           VENV name its requirements and environment"

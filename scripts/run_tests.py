@@ -1,7 +1,7 @@
 """Run the test suites, each in a process of its own, and close with one line for all: run_tests.py [SUITE...]
 
 Apart, because `core` must pass where no ComfyUI can be imported, and ComfyUI's settings are global to a process.
-Without names: all of ROUNDS that there is a folder of.
+Without names: all of ROUNDS that there is a folder of; without `page`, where BROWSER=0.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "build" / "reports"
 
-# Suites of one round run side by side, AT_ONCE at a time, the longest first. Servers and browsers want both cores.
-ROUNDS = (("host", "core", "faults", "meaning"), ("server",))
+# Suites of one round run side by side, AT_ONCE at a time, the longest first. A browser and its server want both cores.
+ROUNDS = (("host", "core", "server", "meaning", "faults"), ("page",))
+# A suite is a folder of tests/, but for these: what a marker selects of one.
+SELECTED = {"server": ("server", "not browser"), "page": ("server", "browser")}
 AT_ONCE = 2
 GRACE = 15.0  # seconds for a suite to put its servers away
 
@@ -31,21 +33,27 @@ OUTCOMES = {"failure": "failed", "error": "errors", "skipped": "skipped"}
 def plan(names: Sequence[str]) -> list[list[str]]:
     """The rounds to run: of these suites, or of all that there is a folder of."""
     known = [suite for suites in ROUNDS for suite in suites]
-    wanted = names or [suite for suite in known if (ROOT / "tests" / suite).is_dir()]
+    left_out = {"page"} if os.environ.get("BROWSER") == "0" else set()
+    wanted = names or [suite for suite in known if folder(suite).is_dir() and suite not in left_out]
     others = [suite for suite in wanted if suite not in known]
     return [*([suite for suite in suites if suite in wanted] for suites in ROUNDS), others]
+
+
+def folder(suite: str) -> Path:
+    return ROOT / "tests" / SELECTED.get(suite, (suite,))[0]
 
 
 def start(suite: str) -> subprocess.Popen[bytes]:
     report(suite).unlink(missing_ok=True)
     command = [str(Path(sys.executable).with_name("pytest")), "-c", "tests/pytest.ini", "--rootdir", "tests"]
-    command += [f"--junitxml={report(suite)}", f"--color={'yes' if sys.stdout.isatty() else 'no'}", f"tests/{suite}"]
+    command += [f"--junitxml={report(suite)}", f"--color={'yes' if sys.stdout.isatty() else 'no'}"]
+    command += ["-m", SELECTED[suite][1]] if suite in SELECTED else []
     # One thread: on networks this small, threads mostly wait for each other.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with output(suite).open("wb") as log:
         # In a session of its own: Ctrl-C reaches this process alone, which then ends all of them.
         return subprocess.Popen(
-            command,
+            [*command, folder(suite).relative_to(ROOT)],
             cwd=ROOT,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -67,7 +75,7 @@ def run(suites: Sequence[str]) -> dict[str, int]:
     try:
         for suite in suites:
             fill()
-            print(f"\n--- tests/{suite} ---", flush=True)
+            print(f"\n--- {suite} ---", flush=True)
             with output(suite).open("rb") as log:
                 while True:
                     fill()

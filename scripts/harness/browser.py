@@ -110,6 +110,13 @@ class Page:
         self.page.wait_for_function(READY, arg=list(types), timeout=timeout)
         return self
 
+    def clear(self) -> None:
+        """An empty graph, and nothing left of what went wrong before."""
+        self.page.evaluate("() => app.graph.clear()")
+        self.page.wait_for_function("() => !document.querySelector('.dom-widget, video')")
+        self.errors.clear()
+        self.failed.clear()
+
     def load(self, workflow: dict[str, Any]) -> dict[str, Any]:
         """Load a UI-format workflow, fit it into the view and return `state()`."""
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)

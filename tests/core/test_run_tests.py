@@ -57,12 +57,13 @@ def checkout(tmp_path):
 
 
 @pytest.fixture
-def begin(checkout):
+def begin(checkout, monkeypatch):
     """Start the runner."""
+    monkeypatch.setenv("BROWSER", "0")
     processes = []
 
-    def begin():
-        command = [sys.executable, checkout / "scripts" / "run_tests.py"]
+    def begin(*suites):
+        command = [sys.executable, checkout / "scripts" / "run_tests.py", *suites]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         return processes[-1]
 
@@ -86,19 +87,31 @@ def test_two_suites_run_side_by_side_and_are_shown_one_after_the_other(checkout,
     assert process.returncode == 1
     shown = [words.split() for words in re.findall(r"(?:core|host) \d+", said)]
     assert shown == [[suite, str(number)] for suite in ("host", "core") for number in range(50)]
-    assert said.index("tests/core ---") < said.index("core 0") < said.index("tests/server ---")
+    assert said.index("core ---") < said.index("core 0") < said.index("server ---")
     closing = r"===== 3 passed, 1 failed in \d+\.\ds \(host, core, server; failed: server\) ====="
     assert re.fullmatch(closing, said.splitlines()[-1])
 
 
-def test_all_suites_that_are_there_run_or_those_that_are_named(checkout):
+def test_all_suites_that_are_there_run_or_those_that_are_named(checkout, monkeypatch):
+    monkeypatch.delenv("BROWSER", raising=False)
     for suite in ("core", "gpu", "server"):
         add(checkout, suite, "def test_passes(): pass")
     spec = importlib.util.spec_from_file_location("run_tests", checkout / "scripts" / "run_tests.py")
     runner = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(runner)
-    assert runner.plan([]) == [["core"], ["server"], []]
-    assert runner.plan(["gpu", "server"]) == [[], ["server"], ["gpu"]]
+    assert runner.plan([]) == [["core", "server"], ["page"], []]
+    assert runner.plan(["gpu", "server"]) == [["server"], [], ["gpu"]]
+    monkeypatch.setenv("BROWSER", "0")
+    assert runner.plan([]) == [["core", "server"], [], []]
+
+
+def test_what_drives_a_browser_is_a_suite_of_its_own(checkout, begin):
+    (checkout / "tests" / "pytest.ini").write_text("[pytest]\nmarkers =\n    browser\n")
+    marked = "import pytest\n@pytest.mark.browser\ndef test_page(): pass\ndef test_server(): assert False"
+    add(checkout, "server", marked)
+    for suite, closing in (("page", "1 passed"), ("server", "1 failed")):
+        said, _ = begin(suite).communicate(timeout=60)
+        assert said.splitlines()[-1].startswith(f"===== {closing} in ")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

@@ -99,3 +99,16 @@ def page(browser: Browser, server: Host) -> Iterator[Page]:
     """The server's page, freshly opened. A test that takes it needs the marker `browser`."""
     with open_page(browser, server.url) as page:
         yield page
+
+
+@pytest.fixture(scope="module")
+def page_of_module(browser: Browser, server: Host) -> Iterator[Page]:
+    with open_page(browser, server.url) as page:
+        yield page
+
+
+@pytest.fixture
+def used_page(page_of_module: Page) -> Page:
+    """The server's page with an empty graph, opened once for all tests of a module: quicker than `page`."""
+    page_of_module.clear()
+    return page_of_module

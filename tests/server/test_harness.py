@@ -165,11 +165,11 @@ def test_failure_names_node_and_reason_and_the_server_goes_on(server: Host) -> N
 
 @pytest.mark.browser
 @pytest.mark.parametrize("workflow", [odd_graph(), *WORKFLOWS], ids=lambda w: w.stem if isinstance(w, Path) else "odd")
-def test_converter_agrees_with_the_page(workflow: dict[str, Any] | Path, page: Page, server: Host) -> None:
+def test_converter_agrees_with_the_page(workflow: dict[str, Any] | Path, used_page: Page, server: Host) -> None:
     if isinstance(workflow, Path):
         workflow = json.loads(workflow.read_text())
-    page.load(workflow)
-    of_page = {k: {name: n[name] for name in ("class_type", "inputs")} for k, n in page.to_api().items()}
+    used_page.load(workflow)
+    of_page = {k: {name: n[name] for name in ("class_type", "inputs")} for k, n in used_page.to_api().items()}
     for node in of_page.values():
         node["inputs"].pop(PREVIEW, None)
     assert to_api(workflow, server.get("/object_info")) == of_page
@@ -181,7 +181,7 @@ def test_converter_agrees_with_the_page(workflow: dict[str, Any] | Path, page: P
     [["scale dimensions", 96, 64, "center", "area"], ["scale by multiplier", 2.0, "lanczos"]],
     ids=lambda values: values[0],
 )
-def test_converter_agrees_with_the_page_on_a_choice(values: list[Any], page: Page, server: Host) -> None:
+def test_converter_agrees_with_the_page_on_a_choice(values: list[Any], used_page: Page, server: Host) -> None:
     info = server.get("/object_info")
     if "ResizeImageMaskNode" not in info:
         pytest.skip("this host has no node with such a choice")
@@ -191,6 +191,6 @@ def test_converter_agrees_with_the_page_on_a_choice(values: list[Any], page: Pag
         node(3, "PreviewImage", [], [("images", "IMAGE", 2)]),
     ]
     workflow = graph(nodes, [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "IMAGE"]])
-    page.load(workflow)
-    of_page = {k: {name: n[name] for name in ("class_type", "inputs")} for k, n in page.to_api().items()}
+    used_page.load(workflow)
+    of_page = {k: {name: n[name] for name in ("class_type", "inputs")} for k, n in used_page.to_api().items()}
     assert to_api(workflow, info) == of_page

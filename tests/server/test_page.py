@@ -70,7 +70,8 @@ def settings(name):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
-def test_a_workflow_opens_runs_and_plays(page, files, name):
+def test_a_workflow_opens_runs_and_plays(used_page, files, name):
+    page = used_page
     workflow = read_workflow(name)
     state = page.load(workflow)
     assert len(state["nodes"]) == len(workflow["nodes"])
