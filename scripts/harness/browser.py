@@ -33,7 +33,9 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 
+# Newer frontends (1.45, 1.49) then load a graph of their own, which would take the place of a test's.
 READY = """types => !!(window.app?.extensionManager && window.app.graph && window.app.vueAppReady !== false
+    && (window.__COMFYUI_FRONTEND_VERSION__?.split('.')[1] < 40 || window.app.extensionManager.workflow.activeWorkflow)
     && types.every(type => window.LiteGraph?.registered_node_types[type]))"""
 
 STATE = """() => JSON.stringify({

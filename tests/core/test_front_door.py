@@ -16,7 +16,7 @@ from harness import oracle
 from harness.errors import difference
 from support.videos import CASES, TOLERANCE, our_video, reference_video
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "scripts" / "generate.py"
 
 
 @pytest.fixture(scope="module")

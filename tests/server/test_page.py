@@ -2,6 +2,7 @@
 
 import json
 import os
+import urllib.request
 
 import pytest
 from PIL import Image
@@ -107,7 +108,12 @@ def test_a_workflow_opens_runs_and_plays(used_page, files, name):
     assert kept.width / kept.height == pytest.approx(taken.width / taken.height, rel=0.05)
 
 
-def test_workflows_are_listed_as_templates(server):
-    """In the page: Workflow > Browse templates > ComfyUI-Helios."""
-    [names] = [v for k, v in server.get("/api/workflow_templates").items() if "Helios" in k]
+def test_workflows_are_templates(server):
+    """In the page: Workflow > Browse templates > ComfyUI-Helios. It takes the first of some folders of a pack: another
+    one by a name that it knows would hide ours."""
+    [(pack, names)] = [each for each in server.get("/api/workflow_templates").items() if "Helios" in each[0]]
     assert sorted(names) == [path.stem for path in WORKFLOWS]
+    for path in WORKFLOWS:
+        assert server.get(f"/api/workflow_templates/{pack}/{path.name}") == read_workflow(path.stem)
+        picture = urllib.request.urlopen(f"{server.url}/api/workflow_templates/{pack}/{path.stem}.jpg").read()
+        assert picture == path.with_suffix(".jpg").read_bytes()

@@ -1,6 +1,8 @@
-"""A video's latents without ComfyUI: python examples/generate.py REPOSITORY PROMPT.npy OUT.npy
+"""A video's latents by the core alone: python scripts/generate.py REPOSITORY PROMPT.npy OUT.npy
 
-PROMPT is (1, 512, 4096), as UMT5-XXL encodes it. `pip install '.[core]'` is all this needs.
+Needs `pip install '.[core]'`. PROMPT is (1, 512, 4096), UMT5-XXL's last hidden state of the prompt's tokens (at most 512,
+the last an end of sequence) with zeros behind them: transformers' UMT5EncoderModel makes it. OUT are latents of eight
+chunks at 640x384, normalised; a VAE decodes each nine latent frames on their own.
 """
 
 import sys
@@ -14,6 +16,8 @@ from helios_core.loading import load_transformer
 from helios_core.predict import bind_transformer
 from helios_core.schedule import DISTILLED
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 repository, prompt, out = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,4 +28,4 @@ with torch.inference_mode():
     run = Run(DISTILLED, memory, chunks=8, rng=torch.Generator().manual_seed(0))
     chunks = [chunk.latents.cpu() for chunk in generate(bind, run)]
 
-np.save(out, torch.cat(chunks, dim=2).numpy())  # normalised; a VAE decodes each nine latent frames on their own
+np.save(out, torch.cat(chunks, dim=2).numpy())
