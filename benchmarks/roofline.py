@@ -272,7 +272,8 @@ reached: {shares}. Other cards reach other shares, in
 decoding most of all, and older ones may have no attention kernel as good: take it for the order of magnitude.
 
 Where the {weights:.0f} GB of blocks do not fit beside the rest they are offloaded to the host's memory, and a step
-takes at least as long as they travel, at {bus:.0%} of the bus (assumed). A cell has the floor, then what is expected.
+takes at least as long as they travel, at {bus:.0%} of the bus (assumed). A scaled fp8 file, which fits a card of 24 GB
+whole, is not computed here. A cell has the floor, then what is expected.
 
 {expected}
 

@@ -111,7 +111,7 @@ class HeliosPyramidSchedule(io.ComfyNode):
                     default=MID.zero_steps,
                     min=0,
                     max=1000,
-                    tooltip="The last step (counted from 0) of the first stage that zero_init leaves out.",
+                    tooltip="zero_init is for the first stage's steps 0 to this one: 1 means the first two.",
                 ),
                 shift_level_input(),
             ],

@@ -65,8 +65,8 @@ nothing then. Where no version of ComfyUI is named, the outcome is the same on a
 `python scripts/try_nodes.py` tries those of any ComfyUI, with `--packs` those of packs, and writes this page.
 
 - **changed**: it works, and the video is another one than without it.
-- **unchanged**: the video is the same. With its defaults the node does nothing (as merging a model with itself), or it
-  does nothing to this model.
+- **unchanged**: the video is the same. With its defaults the node does nothing (as merging a model with itself, or
+  EasyCache and LazyCache, which skip steps of longer runs), or it does nothing to this model.
 - **refused**: we say in one sentence what does not go together, before or while the video is made.
 - **failed**: the node itself ends in an error, in most cases since it reaches into the layers of another model.
 - **ran**: it came to its end; there is no video to compare.

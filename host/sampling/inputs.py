@@ -152,8 +152,8 @@ def variant_warning(model: Any, schedule: Schedule) -> str | None:
     if variant in (None, schedule.variant):
         return None
     return (
-        f"Wrong schedule: the model is Helios-{variant.title()}, the schedule is Helios-{schedule.variant.title()}'s. "
-        "Connect the schedule of the model's variant, or the loader's own."
+        f"Wrong schedule: connect Helios-{variant.title()}'s, or the loader's own. This is Helios-"
+        f"{schedule.variant.title()}'s, and the model is Helios-{variant.title()}."
     )
 
 
