@@ -142,7 +142,9 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         if not source.size:
             raise CheckpointError(f"{file} is empty (0 bytes). Download it again.")
         if start[8:] != b"{" or length > FORMAT_LIMIT:
-            raise CheckpointError(f"{file} is no safetensors file{_kind(start)}. Give a .safetensors file of Helios, or download it again.")
+            raise CheckpointError(
+                f"{file} is no safetensors file{_kind(start)}. Give a .safetensors file of Helios, or download it again."
+            )
         if (begin := 8 + length) > source.size:
             raise CheckpointError(_truncated(source, begin))
         if length > MAX_BYTES:

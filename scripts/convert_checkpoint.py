@@ -78,7 +78,7 @@ def quantised_layers(checkpoint: Checkpoint, quantising: Quantising) -> list[str
         layers = [layer for layer in layers if part not in layer]
     if not layers:
         raise CheckpointError(
-            f"Nothing is left to quantise: of {count} blocks all are kept in full. Name fewer, or give --keep without a value."
+            f"Nothing is left to quantise: of {count} blocks all are kept in full. Name fewer, or give --keep no value."
         )
     return layers
 

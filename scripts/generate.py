@@ -1,7 +1,7 @@
 """A video's latents by the core alone: python scripts/generate.py REPOSITORY PROMPT.npy OUT.npy
 
-Needs `pip install '.[core]'`. PROMPT is (1, 512, 4096), UMT5-XXL's last hidden state of the prompt's tokens (at most 512,
-the last an end of sequence) with zeros behind them: transformers' UMT5EncoderModel makes it. OUT are latents of eight
+Needs `pip install '.[core]'`. PROMPT is (1, 512, 4096): UMT5-XXL's last hidden state of the prompt's tokens (at most
+512, the last an end of sequence) and zeros behind them, as by transformers' UMT5EncoderModel. OUT are latents of eight
 chunks at 640x384, normalised; a VAE decodes each nine latent frames on their own.
 """
 
