@@ -143,7 +143,7 @@ def _read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             raise CheckpointError(f"{file} is empty (0 bytes). Download it again.")
         if start[8:] != b"{" or length > FORMAT_LIMIT:
             raise CheckpointError(
-                f"{file} is no safetensors file{_kind(start)}. Give a .safetensors file of Helios, or download it again."
+                f"{file} is no safetensors file{_kind(start)}. Give one of Helios, or download it again."
             )
         if (begin := 8 + length) > source.size:
             raise CheckpointError(_truncated(source, begin))
