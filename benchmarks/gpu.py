@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one command: `make gpu`.
 
-The 14B network has random weights: with fused kernels and without, profiled, compiled, decoded, offloaded. Beside that
-there are the tests of tests/gpu. Each is a part with a time limit, a file and a log in build/gpu, what is worth most
-first, and a further run goes on with what is not finished. It needs PyTorch, and the NumPy that usually comes with it;
-parts that need more are listed where it is missing. --tiny rehearses all of it on toy sizes, on any machine: its
-numbers say nothing.
+The 14B network has random weights: with fused kernels and without, profiled, compiled, decoded, offloaded, shared out.
+Beside that there are the tests of tests/gpu. Each is a part with a time limit, a file and a log in build/gpu, what is
+worth most first, and a further run goes on with what is not finished. It needs PyTorch, and the NumPy that usually
+comes with it; parts that need more are listed where it is missing. --tiny rehearses all of it on toy sizes, on any
+machine: its numbers say nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if importlib.util.find_spec("torch") is None:
     sys.exit(f"{sys.executable} has no PyTorch. Name a Python that has it: make gpu PYTHON_GPU=<python>")
 
 import card_tests
+import cards_gpu
 import memory_gpu
 import network_gpu
 import quantised_gpu
@@ -44,6 +45,7 @@ SECONDS = {  # that each part is expected to take on an H200, what is worth most
     "offload_block_disk": 100,
     "offload_leaf_disk": 100,
     "quantised": 60,
+    "cards": 150,
 }
 INTERPRETED = ("tests_fused", "network")  # whose kernels a rehearsal runs in Triton's interpreter
 REHEARSAL_SECONDS = 300  # of a part, on a busy machine
@@ -116,6 +118,8 @@ def rows(name: str, folder: Path, tiny: bool) -> Iterator[Row]:
         return network_gpu.compiled(shape)
     if name == "quantised":
         return quantised_gpu.rows(shape)
+    if name == "cards":
+        return cards_gpu.rows(shape)
     scratch = folder / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
     return memory_gpu.rows(name.removeprefix("offload_"), scratch / "weights.safetensors", tiny)

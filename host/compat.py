@@ -5,6 +5,7 @@ Code elsewhere calls these and asks for no version. The one function of ComfyUI 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -70,6 +71,17 @@ def static_clone(patcher: Any) -> Any:
     """A clone whose layers do not fetch their weights themselves, as those under dynamic VRAM do (0.16 and later)."""
     knows = "disable_dynamic" in inspect.signature(patcher.clone).parameters
     return patcher.clone(disable_dynamic=True) if knows else patcher.clone()
+
+
+def with_own_model(clip: Any) -> Any:
+    """A CLIP that encodes with the model that its patcher loads. From 0.33 on Select CLIP Device gives the patcher a
+    model on another card and goes on encoding with the first one, in the computer's memory."""
+    patcher = getattr(clip, "patcher", None)  # which the CLIPs of some other nodes are without
+    if patcher is None or clip.cond_stage_model is patcher.model:
+        return clip
+    moved = copy.copy(clip)
+    moved.cond_stage_model = patcher.model
+    return moved
 
 
 def without_dynamic(disable_dynamic: bool) -> dict[str, bool]:

@@ -15,27 +15,38 @@ CURE = (
     "Make the video smaller (width, height, batch_size) or shorter, or switch group_offload on; the memory of Helios "
     "Stream Video does not grow with the length."
 )
-# The words of torch's allocators and of oneDNN. A primitive *descriptor* that cannot be made is another matter.
+# The words of torch's allocators, of oneDNN and, in another process's log, of Python. A primitive *descriptor* that
+# cannot be made is another matter.
 RAN_OUT = re.compile(
-    r"DefaultCPUAllocator|out of memory|_ALLOC_FAILED|could not create a (primitive(?! desc)|memory object)", re.I
+    r"DefaultCPUAllocator|out of memory|MemoryError|_ALLOC_FAILED"
+    r"|could not create a (primitive(?! desc)|memory object)",
+    re.I,
 )
 ASKED = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ \wi?B)", re.I)
 
 
+class OutOfMemory(comfy.model_management.OOM_EXCEPTION):
+    """Told in one sentence. The host then unloads all models, which it does not for errors of the CPU's allocator."""
+
+
+def ran_out(what: str, said: str, cure: str = CURE) -> OutOfMemory:
+    """what: ran out of memory; said: in the words of who has it."""
+    asked = ASKED.search(said)
+    more = f" when it asked for {asked[1]} more" if asked else ""
+    return OutOfMemory(f"{what} ran out of memory{more}. {cure}")
+
+
 @contextmanager
 def memory_errors(what: str, cure: str = CURE) -> Iterator[None]:
-    """Turn the many words for a lack of memory into one sentence, raised as what the host takes for it.
-
-    what: ran out of it. The host then unloads all models, which it does not for those of the CPU's allocator.
-    """
+    """Turn the many words for a lack of memory into one sentence, but for what is told in one already."""
     try:
         yield
+    except OutOfMemory:
+        raise
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not RAN_OUT.search(str(error)):
             raise
-        asked = ASKED.search(str(error))
-        more = f" when it asked for {asked[1]} more" if asked else ""
-        raise comfy.model_management.OOM_EXCEPTION(f"{what} ran out of memory{more}. {cure}") from error
+        raise ran_out(what, str(error), cure) from error
 
 
 def check_room(what: str, needed: float, device: torch.device, cure: str = CURE) -> None:

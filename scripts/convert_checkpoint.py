@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from output_file import check_target, replacing, run
+from output_file import check_target, check_unused, replacing, run
 
 from helios_core.checkpoint import CONFIG_KEY, VARIANT_KEY, Checkpoint, open_checkpoint, published_name, target_dtypes
 from helios_core.config import Variant
@@ -137,6 +137,8 @@ def convert(
     OSError). `variant` is needed only where the source does not tell it.
     """
     check_target(target, force)
+    if quantising is not None:
+        check_unused(report_beside(target), force)
     checkpoint = open_checkpoint(source)
     if variant and checkpoint.variant and variant != checkpoint.variant:
         raise CheckpointError(f"{source} says that it is {checkpoint.variant}, not {variant}. Leave --variant out.")
@@ -191,10 +193,14 @@ def write(checkpoint: Checkpoint, layout: Layout, target: Path) -> list[LayerErr
     return errors
 
 
+def report_beside(target: Path) -> Path:
+    return target.with_suffix(".report.txt")
+
+
 def write_report(target: Path, errors: Collection[LayerError]) -> str:
     """Write what quantising did to each layer beside the target, the worst first, and say in a line what that was."""
     worst = sorted(errors, key=lambda x: -x.error)
-    file = target.with_suffix(".report.txt")
+    file = report_beside(target)
     lines = [f"{x.error:.5f}  {x.scale:.4e}  {x.layer}" for x in worst]
     title = f"{len(worst)} matrices of {target.name} in scaled fp8: root mean square error as a fraction of the matrix"
     file.write_text("\n".join([title, "error    scale       layer", *lines]) + "\n", encoding="utf-8")
@@ -249,7 +255,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--variant", choices=get_args(Variant), help="which Helios it is; needed only where the source does not tell"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite the target if it exists")
+    parser.add_argument("--force", action="store_true", help="overwrite the target, and its report, if they exist")
     args = parser.parse_args(argv)
     if args.quant is None and (args.keep is not None or args.full_precision):
         parser.error("--keep and --full-precision go with --quant")

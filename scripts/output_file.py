@@ -17,8 +17,13 @@ def check_target(target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} must end in .safetensors, or ComfyUI does not list it.")
     if not target.parent.is_dir():
         raise CheckpointError(f"The folder {target.parent} does not exist. Make it, or choose another target.")
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} exists. Choose another name, or overwrite it with --force.")
+    check_unused(target, force)
+
+
+def check_unused(file: Path, force: bool) -> None:
+    """Raise CheckpointError where there is such a file; force: it may be there."""
+    if file.exists() and not force:
+        raise CheckpointError(f"{file} exists. Choose another name, or overwrite it with --force.")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...helios_core.text import MAX_TOKENS, clean_prompt
+from ..compat import with_own_model
 from ..printable import printable_log
 
 log = printable_log(__name__)
@@ -31,7 +32,7 @@ def encode_prompt(
             "shorten it."
         )
     tokens = tokenize(clip, clean_prompt(prompt), name, warn)
-    return clip.encode_from_tokens_scheduled(tokens)
+    return with_own_model(clip).encode_from_tokens_scheduled(tokens)
 
 
 def tokenize(clip: Any, text: str, name: str = "The prompt", warn: Callable[[str], None] = log.warning) -> Tokens:

@@ -77,6 +77,17 @@ def test_the_report_has_the_error_of_each_matrix_the_worst_first(script, officia
     assert f"at most {100 * errors[lines[0].split()[2]]:.2f} % ({lines[0].split()[2]})" in capsys.readouterr().out
 
 
+def test_a_report_that_is_there_is_kept(script, official, tmp_path, capsys):
+    target, report = tmp_path / "a.safetensors", tmp_path / "a.report.txt"
+    report.write_text("of another file")
+    quantise = [str(official), str(target), "--quant", "fp8_scaled", "--keep"]
+    assert script.main(quantise) == 1
+    assert f"{report} exists. Choose another name, or overwrite it with --force." in capsys.readouterr().err
+    assert not target.exists() and report.read_text() == "of another file"
+    assert script.main([*quantise, "--force"]) == 0
+    assert report.read_text() != "of another file"
+
+
 @pytest.mark.parametrize(
     ("keep", "blocks"),
     [

@@ -23,6 +23,7 @@ ROWS = {  # of what every machine has, at least one a part
     "offload_block_disk": "seconds_a_chunk_block_disk",
     "offload_leaf_disk": "seconds_a_chunk_leaf_disk",
     "quantised": "forward_stage2_fp8_scaled",
+    "cards": "forward_stage2_gloo_2",
 }
 NETWORK = {  # a row of each of its sections
     *("matrix_peak", "forward_stage2_fused", "decode_bf16_channels_last", "fps_overlapped_222_fused"),

@@ -8,7 +8,7 @@ import torch
 
 from comfyui_helios.helios_core.video import VideoStart
 from comfyui_helios.host import out_of_memory
-from comfyui_helios.host.out_of_memory import memory_errors
+from comfyui_helios.host.out_of_memory import memory_errors, ran_out
 from comfyui_helios.host.sockets.images import prepare_images, video_frames
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
@@ -47,6 +47,7 @@ CUDA = "CUDA out of memory. Tried to allocate 2.34 GiB. GPU 0 has a total capaci
         (RuntimeError("could not create a memory object"), ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
         (MemoryError(), ""),
+        (RuntimeError("a process has ended: numpy._core._exceptions._ArrayMemoryError: Unable to allocate 1 GiB"), ""),
     ],
     ids=str,
 )
@@ -67,6 +68,11 @@ def test_the_allocators_own_error_is_known():
 def test_other_errors_pass(error):
     with pytest.raises(type(error), match=str(error)), memory_errors("Helios Chunked Sampler"):
         raise error
+
+
+def test_what_says_itself_who_ran_out_is_not_told_again():
+    message = "worker 2 of 4 ran out of memory when it asked for 2.34 GiB more. Take fewer cards."
+    assert told(ran_out("worker 2 of 4", CUDA, "Take fewer cards.")) == message
 
 
 def test_a_lack_of_memory_in_the_network_is_told_by_the_nodes_name(parts):

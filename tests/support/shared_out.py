@@ -22,6 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from harness.counted import Counted
 from harness.tiny import TINY, make_loud
 from helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, TransformerConfig
 from helios_core.generate import Chunk, Run, generate
@@ -124,21 +125,6 @@ def video(variant: str, task: str, run_block: RunBlock | None = None) -> Tensor:
     bind = bind_transformer(model, schedule, *prompts, run_block=run_block)
     chunks: Iterator[Chunk] = generate(bind, Run(schedule, memory, 2 if past is None else 1, rng))
     return torch.cat([chunk.latents for chunk in chunks], dim=2)
-
-
-class Counted:
-    """`all_to_all_single`, counting messages, and the bytes that go to other processes."""
-
-    def __init__(self, rank: int):
-        self.rank, self.messages, self.bytes = rank, 0, 0
-        self.right = dist.all_to_all_single
-
-    def __call__(
-        self, output: Tensor, given: Tensor, output_sizes: list[int], sizes: list[int], group: dist.ProcessGroup
-    ) -> None:
-        self.messages += 1
-        self.bytes += (sum(sizes) - sizes[self.rank]) * given.element_size()
-        self.right(output, given, output_sizes, sizes, group)
 
 
 def main() -> None:
