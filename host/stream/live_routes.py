@@ -24,7 +24,7 @@ PROMPTS = LIST + "/{id}.json"
 CONTROL = LIST + "/{id}"
 MOST_BYTES = 16 * 1024  # of what is asked for
 BLOCK = 1 << 18  # bytes that are read at once
-PATIENCE = 600  # seconds that somebody may take nothing, as a player does that is paused; a file is open for him
+PATIENCE = 600  # seconds that somebody may take nothing, as a paused player does: the file stays open for them
 PAUSE = 0.05  # seconds until a reader that has everything looks again
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
@@ -68,7 +68,7 @@ async def send_video(request: web.Request) -> web.StreamResponse:
     with grown:
         try:
             await _follow(session, grown, response, newest=begin == "key")
-        except TimeoutError:  # his player asks again where it still wants something
+        except TimeoutError:  # their player asks again where it still wants something
             if request.transport is not None:
                 request.transport.abort()
     return response

@@ -118,7 +118,7 @@ class PromptTurns:
         if len(prompts.changes) > MOST_CHANGES or len(text) > MOST_CHARACTERS:
             self.notes.warn(
                 f"`steered` does not take so many: {len(prompts.changes)} prompts of at most {MOST_CHANGES}, "
-                f"{len(text)} characters of at most {MOST_CHARACTERS}. Leave out the last of them there."
+                f"{len(text)} characters of at most {MOST_CHARACTERS}. Leave some out before you paste them."
             )
 
     def encode(self, change: Change) -> Tensor:

@@ -126,6 +126,7 @@ def test_the_ball_moves_before_the_run_has_ended_and_the_file_is_there_after_it(
         page.page.screenshot(path=PICTURES / "live_plain.png")
         assert page.page.evaluate(PLAYER + "currentSrc").startswith("http")
         assert re.search(r"^Live · \d+ frames · .*\d chunks/s, \d+\.\d\d × real time$", player_says(page), re.MULTILINE)
+        assert page.page.get_by_label("The video while it is made").evaluate("element => element.tagName") == "VIDEO"
         finish(page, server)
 
 

@@ -217,6 +217,7 @@ def test_nodes_2_0_a_subgraph_a_reload_and_a_second_tab_show_the_same_prompts(br
         open_host.post("/settings/Comfy.VueNodes.Enabled", False)
         with open_page(browser, open_host.url, locale="zh-CN") as second:
             second.load(workflow)
+            throttle(second)
             second.page.evaluate(INTO_SUBGRAPH)
             second.page.evaluate(FIT)
             second.page.wait_for_function(
@@ -244,6 +245,14 @@ def test_nodes_2_0_a_subgraph_a_reload_and_a_second_tab_show_the_same_prompts(br
     plain = saved_chunks(open_host)
     assert change["transition"] == 2 and 1 <= before < len(steered)
     assert [torch.equal(*pair) for pair in zip(steered, plain, strict=False)] == [True] * before + [False]
+
+
+def throttle(page):
+    """To what a bad line has: 30 KB a second."""
+    speed = {"offline": False, "latency": 200, "downloadThroughput": 30_000, "uploadThroughput": 30_000}
+    client = page.page.context.new_cdp_session(page.page)
+    client.send("Network.enable")
+    client.send("Network.emulateNetworkConditions", speed)
 
 
 def saved_chunks(host):
