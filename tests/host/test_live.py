@@ -47,9 +47,11 @@ def test_a_cancelled_run_leaves_no_file_and_says_so_in_the_table(parts):
     assert [session.state for session in sessions()] == ["stopped"]
 
 
-def test_without_live_nothing_is_to_be_watched(parts):
+def test_without_live_nothing_is_to_be_watched_and_nobody_could_finish_it(parts):
     stream_video(parts, beginning(33))
     assert sessions() == []
+    with pytest.raises(ValueError, match="`until_finished` needs `live`"):
+        stream_video(parts, beginning(33), until_finished=True)
 
 
 def test_its_inputs_came_last_and_are_off():

@@ -1,6 +1,7 @@
 """Prompts that took over: their JSON, what of them still shows, and Helios Prompt Schedule made from them."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -93,9 +94,10 @@ def schedule(clip, begins_with, **widgets):
     return find_track(positive), frames
 
 
-def test_a_schedule_is_as_long_as_the_video_and_begins_as_it_did(clip, shown):
+def test_a_schedule_is_as_long_as_the_video_and_begins_as_it_did(clip, caplog):
+    caplog.set_level(logging.INFO)
     track, frames = schedule(clip, "A red fox.")
-    assert shown[-1][0].startswith("`steered` has the first prompt: those above, and `before`, are not used.")
+    assert "`steered` has the first prompt: those above, and `before`, are not used." in caplog.messages
     assert (track.chunks, frames) == ((30,), 990)
     assert torch.equal(track.at(3), encode_prompt(clip, "A red fox.")[0][0])
     assert torch.equal(track.at(6), encode_prompt(clip, "A blue lake.")[0][0])

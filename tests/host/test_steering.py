@@ -123,14 +123,17 @@ def saved_latents():
     return to_vae_space(torch.cat([load_file(file)["latents"] for file in files], dim=2))
 
 
-def scheduled(script):
-    """Widgets of Helios Prompt Schedule with a JSON in `steered`, and the negative prompt of `beginning`."""
+def scheduled(clip, steered, batch=1):
+    """(what a video begins with, summary) by Helios Prompt Schedule with a JSON in `steered`, as `beginning` else."""
     widgets = {w.id: w.default for w in HeliosPromptSchedule.define_schema().inputs if w.id not in ("clip", "before")}
-    return {**widgets, "negative": "blurry", "steered": script}
+    *prompts, frames, summary = run_node(
+        HeliosPromptSchedule, clip, **{**widgets, "negative": "blurry", "steered": steered}
+    )
+    return run_node(HeliosHistoryInjection, *prompts, frames=frames, batch_size=batch, **SIZE), summary
 
 
-def written(video):
-    return SteeredPrompts.from_json(video.with_suffix(".json").read_text(encoding="utf-8"))
+def script(video):
+    return video.with_suffix(".json").read_text(encoding="utf-8")
 
 
 def events(steering):
@@ -147,7 +150,7 @@ def steered(model, clip, tmp_path_factory):
     before, folder_paths.output_directory = folder_paths.output_directory, str(tmp_path_factory.mktemp("steered"))
     try:
         video, latents, _ = stream(model, clip, Pages(ASKED))
-        return video.with_suffix(".json").read_text(encoding="utf-8"), latents
+        return script(video), latents
     finally:
         folder_paths.output_directory = before
 
@@ -156,13 +159,10 @@ def steered(model, clip, tmp_path_factory):
 def test_the_same_seed_and_prompts_give_the_same_latents(model, clip, schedule, batch):
     video, latents, tail = stream(model, clip, Pages(ASKED, batch=batch), schedule, beginning(clip, batch=batch))
     assert events(sessions()[-1].describe()["steering"]) == APPLIED
-    script = video.with_suffix(".json").read_text(encoding="utf-8")
-    assert json.loads(script)["seed"] == 5
+    assert json.loads(script(video))["seed"] == 5
 
-    positive, negative, frames, summary = run_node(HeliosPromptSchedule, clip, **scheduled(script))
-    assert frames == 33 * CHUNKS
+    start, summary = scheduled(clip, script(video), batch)
     assert summary.endswith("total: 5 chunks (6.9 s) | steered after chunk 1, 3")
-    start = run_node(HeliosHistoryInjection, positive, negative, frames=frames, batch_size=batch, **SIZE)
     [made_again] = run_node(HeliosChunkedSampler, model, *start, schedule, 5)
     assert torch.equal(made_again["samples"], latents)
     assert torch.equal(made_again["samples"][:, :, -9:], tail["samples"])
@@ -170,16 +170,12 @@ def test_the_same_seed_and_prompts_give_the_same_latents(model, clip, schedule, 
 
 def test_a_video_that_is_made_again_and_steered_anew_is_written_with_what_it_was_made_from(model, clip, steered):
     """So that its JSON may take the place of the first in `steered`."""
-    positive, negative, *_ = run_node(HeliosPromptSchedule, clip, **scheduled(steered[0]))
-    start = run_node(HeliosHistoryInjection, positive, negative, frames=33 * CHUNKS, batch_size=1, **SIZE)
-    node = {"class_type": "HeliosPromptSchedule", "inputs": {"clip": ["1", 1], **scheduled(steered[0])}}
+    start, _ = scheduled(clip, steered[0])
+    node = {"class_type": "HeliosPromptSchedule", "inputs": {"prompt_1": "A fox.", "steered": steered[0]}}
     last = Change("A green hill.", 2)
     video, latents, _ = stream(model, clip, Pages({2: [last]}), start=start, prompts=node)
-    assert written(video) == SteeredPrompts(FIRST, CHUNKS, {1: APPLIED[1], 2: last})
-
-    script = video.with_suffix(".json").read_text(encoding="utf-8")
-    positive, negative, *_ = run_node(HeliosPromptSchedule, clip, **scheduled(script))
-    start = run_node(HeliosHistoryInjection, positive, negative, frames=33 * CHUNKS, batch_size=1, **SIZE)
+    assert SteeredPrompts.from_json(script(video)) == SteeredPrompts(FIRST, CHUNKS, {1: APPLIED[1], 2: last})
+    start, _ = scheduled(clip, script(video))
     [made_again] = run_node(HeliosChunkedSampler, model, *start, QUICK, 5)
     assert torch.equal(made_again["samples"], latents)
 
@@ -201,7 +197,7 @@ def test_a_steered_run_that_was_killed_goes_on_to_the_same_latents(model, clip, 
     later = {position: changes for position, changes in ASKED.items() if position >= made}
     video, latents, _ = stream(model, clip, Pages(later))
     assert torch.equal(latents, steered[1])
-    assert video.with_suffix(".json").read_text(encoding="utf-8") == steered[0]
+    assert script(video) == steered[0]
 
 
 def test_what_still_shows_cannot_go_on_without_its_text_encoder(model, clip):
@@ -219,7 +215,7 @@ def test_a_whole_one_is_encoded_again_without_it(model, clip, steered):
     failing.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", lambda *_, **__: pytest.fail("it was sampled"))
     video, latents, _ = stream(failing, None, Pages({}), start=start, live=False)
     assert torch.equal(latents, steered[1])
-    assert video.with_suffix(".json").read_text(encoding="utf-8") == steered[0]
+    assert script(video) == steered[0]
 
 
 @pytest.mark.parametrize(("finish_after", "chunks"), [(1, 2), (3, 4)])
@@ -259,11 +255,6 @@ def test_a_run_without_an_end_that_was_killed_goes_on_from_where_it_was(model, c
         stream(model, clip, Pages(ASKED, killed_after=3), **settings)
     _, latents, _ = stream(model, clip, Pages({3: ASKED[3]}, finish_after=4), **settings)
     assert torch.equal(latents, whole)
-
-
-def test_nobody_could_finish_it_without_live(model, clip):
-    with pytest.raises(ValueError, match="`until_finished` needs `live`"):
-        stream(model, clip, Pages({}), live=False, until_finished=True)
 
 
 def test_it_ends_by_itself_before_the_disk_is_full(model, clip, monkeypatch, shown):
@@ -387,7 +378,7 @@ def test_cancel_keeps_what_is_finished_and_names_it(model, clip, shown, batch):
         stream(model, clip, Pages(ASKED, cancelled_after=3, batch=batch), start=beginning(clip, batch=batch))
     [session] = sessions()
     assert (session.state, session.describe()["file"], session.file.frames) == ("stopped", True, 99)
-    prompts = written(session.file.target)
+    prompts = SteeredPrompts.from_json(script(session.file.target))
     assert (prompts.begins_with, prompts.chunks, prompts.changes) == (FIRST, 3, {1: APPLIED[1]})
     assert any(f"Cancelled. What was finished is in {session.file.target}" in text for text, _ in shown)
     assert sum(name.endswith(".mp4") for name in temporary_files()) == batch
@@ -404,6 +395,6 @@ def test_the_prompt_of_a_chunk_that_was_cancelled_is_not_beside_the_video(model,
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stream(cancelled, clip, Pages(ASKED))
     [session] = sessions()
-    prompts = written(session.file.target)
+    prompts = SteeredPrompts.from_json(script(session.file.target))
     assert (prompts.chunks, prompts.changes) == (3, {1: APPLIED[1]})
     assert events(session.describe()["steering"]) == {1: APPLIED[1]}
