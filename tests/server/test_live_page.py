@@ -106,18 +106,17 @@ def start(page, seed):
     assert page.page.evaluate("window.ended") is None
 
 
-def finish(page, server):
-    """Until the player has the finished file."""
-    page.page.get_by_role("button", name="Finish").click()
+def has_file(page, server, end):
+    """Until the run has this end, and the player the file."""
     page.page.wait_for_function("window.ended", timeout=180_000)
-    assert page.page.evaluate("window.ended") == "execution_success"
+    assert page.page.evaluate("window.ended") == end
     page.page.evaluate(PLAYER + "playbackRate = 8")
     frames = server.get("/helios/live")["sessions"][-1]["written"]
     page.page.wait_for_function(FINISHED, arg=frames / 24, timeout=60_000)
     assert page.errors == []
 
 
-def test_the_ball_moves_before_the_run_has_ended_and_the_file_is_there_after_it(browser, server):
+def test_the_ball_moves_before_the_run_has_ended_and_cancel_keeps_what_was_shown(browser, server):
     """Under the content policy of --disable-api-nodes, as a plain source."""
     with open_page(browser, server.url) as page:
         assert page.page.evaluate(GROWN) == 0
@@ -128,7 +127,10 @@ def test_the_ball_moves_before_the_run_has_ended_and_the_file_is_there_after_it(
         said = re.compile(r"Live · \d+ frames · \d+\.\d s buffered · \d+\.\d\d chunks/s, \d+\.\d\d × real time")
         page.page.locator(".helios-live").filter(has_text=said).wait_for()
         assert page.page.get_by_label("The video while it is made").evaluate("element => element.tagName") == "VIDEO"
-        finish(page, server)
+        page.page.evaluate("() => app.api.interrupt()")
+        has_file(page, server, "execution_interrupted")
+        assert page.page.get_by_role("status").filter(has_text="Stopped before the end").count() == 1
+        page.page.get_by_text("Cancelled. What was finished is in ").first.wait_for()
 
 
 def test_where_no_policy_forbids_it_there_is_no_gap_and_a_request_that_was_cut_is_made_again(browser, server):
@@ -150,7 +152,8 @@ def test_where_no_policy_forbids_it_there_is_no_gap_and_a_request_that_was_cut_i
         page.page.evaluate(PLAYER + "play()")
         page.page.wait_for_function("window.asked.length === 2 && " + PLAYER + "readyState >= 2", timeout=60_000)
         assert page.page.evaluate("window.asked") == ["start", "key"]
-        finish(page, server)
+        page.page.get_by_role("button", name="Finish").click()
+        has_file(page, server, "execution_success")
 
 
 @pytest.mark.parametrize("status", [200, 429])
