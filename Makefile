@@ -89,7 +89,7 @@ soak: $(ENVIRONMENT) $(HOST)
 
 CHUNKS ?= 2618
 .PHONY: soak-live
-soak-live: $(ENVIRONMENT) $(HOST)
+soak-live: setup
 	HELIOS_CHUNKS=$(CHUNKS) $(BIN)/pytest -c tests/pytest.ini --rootdir tests -s tests/server/test_live_steering.py -k soak
 
 # FUZZ_CASE=<number> runs one case of a seed again, FUZZ_FAMILY=<name> only those of a family (tests/faults/cases.py).

@@ -117,6 +117,8 @@ class HeliosPromptSchedule(io.ComfyNode):
         check_lengths(chunks, blend)  # before the text encoder is loaded
         names = [*(f"Prompt {number}" for number in range(1, len(texts) + 1)), "The negative prompt"]
         notes = Notes(cls.hidden.unique_id)
+        if script.begins_with is not None:
+            notes.inform("`steered` has the first prompt: those above, and `before`, are not used.")
         with offloaded_clip(clip, offloading(group_offload, blocks_per_group, "disk")) as encoder:
             *encoded, unwanted = [
                 encode_prompt(encoder, text, name, notes.warn)

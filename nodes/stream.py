@@ -19,16 +19,14 @@ from ..host.sockets.vae import check_vae
 from ..host.stream.live_sessions import Watched, on_air, workflow_id
 from ..host.stream.mp4 import BIT_DEPTHS, check_target, finished_video
 from ..host.stream.one_pass import OnePass
-from ..host.stream.prompt_turns import PromptTurns, check_steerable
+from ..host.stream.prompt_turns import PromptTurns, check_steerable, given_prompts
 from ..host.stream.resuming import pick_up
 from ..host.stream.run_folder import FOLDER, KEPT_RUNS
-from ..host.stream.run_note import first_prompt
 from ..host.stream.steering import Steering
 from ..host.stream.video_writer import VideoWriter, video_folder
 from .inputs import DECODE_TOOLTIP, frame_inputs, model_inputs, seed_input, seed_mode_input
 
 OVERLAP = ("auto", "off")
-TEXT_ENCODE = "HeliosTextEncode"  # whose prompts are encoded as those that take over
 
 
 class HeliosStreamVideo(io.ComfyNode):
@@ -179,7 +177,7 @@ class HeliosStreamVideo(io.ComfyNode):
         for warning in filter(None, warnings):
             notes.warn(warning)
         prompt, node_id = cls.hidden.prompt, cls.hidden.unique_id
-        prompts = PromptTurns(guider, clip, steering, notes, first_prompt(prompt or {}, node_id, of=[TEXT_ENCODE]))
+        prompts = PromptTurns(guider, clip, steering, notes, given_prompts(prompt or {}, node_id))
         picked_up = pick_up(guider, prompt, node_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
             writer = VideoWriter(decoder, guider.run.chunk_shape[0], (first, end), fps, crf, bit_depth, live)

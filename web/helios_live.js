@@ -38,6 +38,7 @@ class Player {
         this.node = node
         this.session = null
         this.feeding = null // what ends the request of MediaSource
+        this.cut = false // it has ended before the file
         this.video = document.createElement("video")
         Object.assign(this.video, { muted: true, controls: true, playsInline: true })
         this.video.setAttribute("aria-label", words().video)
@@ -53,14 +54,15 @@ class Player {
         this.steering = new Steering()
         this.element = document.createElement("div")
         this.element.className = "helios-live"
-        this.element.style.cssText = "display: none; flex-direction: column; width: 100%; height: 100%"
+        // contain: in Nodes 2.0 a long line would otherwise make it wider than its node.
+        this.element.style.cssText = "display: none; flex-direction: column; width: 100%; height: 100%; contain: inline-size"
         this.element.append(this.video, line, this.steering.element)
         // Space and arrows are the video's while it has the focus, not the graph's.
         this.element.addEventListener("keydown", event => event.stopPropagation())
         this.widget = node.addDOMWidget("live_video", "helios_live", this.element, {
             serialize: false,
             hideOnZoom: false,
-            getMinHeight: () => HEIGHT + this.steering.height,
+            getMinHeight: () => (this.session ? HEIGHT + this.steering.height : 0),
         })
         this.widget.serialize = false
         this.widget.hidden = true
@@ -87,8 +89,8 @@ class Player {
             const late = session.written > LATE * session.chunk_frames
             if (session.file) this.playFinished()
             else if (session.state === "running") this.watch(late ? "key" : "start")
-        } else if (session.state === "running" && this.video.error) this.watch("key")
-        else if (this.video.ended || this.video.error) this.playFinished()
+        } else if (session.state === "running" && (this.video.error || (this.cut && !this.video.paused))) this.watch("key")
+        else if (this.video.ended || this.video.error || this.cut) this.playFinished()
         this.tell()
     }
 
@@ -105,15 +107,21 @@ class Player {
     watch(from) {
         const url = this.address(`?from=${from}`)
         this.stopFeeding()
+        this.cut = false
         const { signal } = (this.feeding = new AbortController())
         const plainly = () => {
-            if (signal.aborted) return
             plainOnly ||= this.video.error !== null
             this.video.src = url
             this.begin()
         }
+        const failed = () => {
+            if (signal.aborted) return
+            if (!this.video.readyState || this.video.error) return plainly()
+            this.cut = true // by a server that is gone, or has waited too long for a player that is paused
+            if (!this.isRunning()) this.playFinished()
+        }
         if (plainOnly) plainly()
-        else feed(this.video, url, signal).catch(plainly)
+        else feed(this.video, url, signal).catch(failed)
         this.begin()
     }
 
@@ -125,8 +133,11 @@ class Player {
     playFinished() {
         const url = this.address("")
         if (!this.session.file || this.video.src.endsWith(url)) return
+        const place = this.cut ? this.video.currentTime : 0
         this.stopFeeding()
+        this.cut = false
         this.video.src = url
+        this.video.currentTime = place
     }
 
     address(query) {

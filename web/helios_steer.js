@@ -81,13 +81,13 @@ export class Steering {
         shown(this.finishButton, running && endless)
         this.finishButton.disabled = finishing
         this.finishButton.textContent = finishing ? words().finishing : words().finish
-        shown(this.link, session?.file && applied.length)
+        shown(this.link, session?.script)
         if (session) this.link.href = api.apiURL(`/helios/live/${session.id}.json`)
         this.say(running ? (this.answer ?? (waiting ? words().waiting : (refusal ?? ""))) : "")
         this.list(applied)
         const asks = running && (prompts || endless)
-        shown(this.line, asks || applied.length, "flex")
-        this.height = (running && prompts ? BOX : 0) + (asks || applied.length ? LINE : 0)
+        shown(this.line, asks || session?.script, "flex")
+        this.height = (running && prompts ? BOX : 0) + (asks || session?.script ? LINE : 0)
         this.height += Math.min(LINES, applied.length) * ENTRY
     }
 

@@ -15,7 +15,7 @@ FORMAT = "helios prompts 1"
 MOST_CHUNKS = 99_999
 LONGEST_TRANSITION = 999
 MOST_CHANGES = 2_000
-MOST_BYTES = 16 * 2**20
+MOST_CHARACTERS = 16 * 2**20  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,18 @@ class SteeredPrompts:
     def from_json(cls, text: str) -> SteeredPrompts:
         """Raises ValueError for what is none."""
         try:
-            if len(text) > MOST_BYTES:
-                raise ValueError(f"it has {len(text)} characters")
+            if len(text) > MOST_CHARACTERS:
+                raise ValueError(f"it has {len(text)} characters of at most {MOST_CHARACTERS}")
             values = parse_json(text.encode())
             if values.get("format") != FORMAT:
                 raise ValueError(f"its format is {quoted(values.get('format'))} instead of {quoted(FORMAT)}")
             begins_with, changes = values.get("begins_with"), values.get("prompts")
             if begins_with is not None:
                 _text(begins_with)
-            if not isinstance(changes, list) or len(changes) > MOST_CHANGES:
-                raise ValueError(f"`prompts` is no list of at most {MOST_CHANGES}")
+            if not isinstance(changes, list):
+                raise ValueError("`prompts` is no list")
+            if len(changes) > MOST_CHANGES:
+                raise ValueError(f"it has {len(changes)} prompts of at most {MOST_CHANGES}")
             chunks = _whole_number("`chunks`", values.get("chunks"), 1, MOST_CHUNKS)
             return cls(begins_with, chunks, _by_chunk(changes))
         except ValueError as error:

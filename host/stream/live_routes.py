@@ -24,6 +24,7 @@ PROMPTS = LIST + "/{id}.json"
 CONTROL = LIST + "/{id}"
 MOST_BYTES = 16 * 1024  # of what is asked for
 BLOCK = 1 << 18  # bytes that are read at once
+PATIENCE = 600  # seconds that somebody may take nothing, as a paused player does: the file stays open for them
 PAUSE = 0.05  # seconds until a reader that has everything looks again
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
@@ -65,7 +66,11 @@ async def send_video(request: web.Request) -> web.StreamResponse:
     except FileNotFoundError:  # it ended without a picture
         return response
     with grown:
-        await _follow(session, grown, response, newest=begin == "key")
+        try:
+            await _follow(session, grown, response, newest=begin == "key")
+        except TimeoutError:  # their player asks again where it still wants something
+            if request.transport is not None:
+                request.transport.abort()
     return response
 
 
@@ -86,8 +91,10 @@ async def control(request: web.Request) -> web.Response:
         raise web.HTTPUnsupportedMediaType(text="Send application/json.")
     if "Content-Encoding" in request.headers:  # aiohttp would unpack it, to any length
         raise web.HTTPUnsupportedMediaType(text="Send it as it is, not compressed.")
-    if request.content_length is None or request.content_length > MOST_BYTES:
-        raise web.HTTPRequestEntityTooLarge(MOST_BYTES, request.content_length or 0, text="At most 16 KiB are read.")
+    if request.content_length is None:
+        raise web.HTTPLengthRequired(text="Say how long it is: send it with a Content-Length.")
+    if request.content_length > MOST_BYTES:
+        raise web.HTTPRequestEntityTooLarge(MOST_BYTES, request.content_length, text="At most 16 KiB are read.")
     if session.state != "running":
         raise web.HTTPConflict(text="The video has ended.")
     try:
@@ -121,7 +128,10 @@ def _session(request: web.Request) -> LiveSession:
 
 
 async def _follow(session: LiveSession, grown: BinaryIO, response: web.StreamResponse, newest: bool) -> None:
-    """Send what is there, and what comes. Someone slow or gone waits in `write`, which costs others nothing."""
+    """Send what is there, and what comes. Someone slow or gone waits in `write`, which costs others nothing.
+
+    Raises TimeoutError for whoever has taken nothing for too long.
+    """
     file = session.file
     if newest:
         await response.write(await asyncio.to_thread(grown.read, file.keys[0]))  # what every player needs first
@@ -130,7 +140,7 @@ async def _follow(session: LiveSession, grown: BinaryIO, response: web.StreamRes
         ended = file.closed  # asked before the file is read
         block = await asyncio.to_thread(grown.read, BLOCK)
         if block:
-            await response.write(block)
+            await asyncio.wait_for(response.write(block), PATIENCE)
         elif ended:
             return
         else:

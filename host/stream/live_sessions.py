@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ...helios_core.config import CHUNK_FRAMES
 from .live_file import LiveFile
+from .mp4 import prompts_beside
 from .steering import Steering
 
 State = Literal["running", "finished", "stopped"]
@@ -50,6 +51,7 @@ class LiveSession:
             "chunk_frames": CHUNK_FRAMES,
             "steering": self.steering.describe(),
             "file": self.file.target.is_file(),
+            "script": prompts_beside(self.file.target).is_file(),
         }
 
 

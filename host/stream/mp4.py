@@ -33,7 +33,7 @@ BIT_DEPTHS = tuple(PIXEL_FORMATS)
 PRIMARIES_BT709 = MATRIX_BT709 = 1  # of ITU-T H.273, which the file speaks; FFmpeg's scaler has numbers of its own
 SCALER_MATRIX = Colorspace.ITU709 if VIDEO_MATRIX == MATRIX_BT709 else Colorspace.ITU601
 LONGEST_SIDE = 16384  # pixels that the encoder takes
-OUR_FILE = re.compile(r"helios_[0-9a-f]{32}\.(mp4(\.part)?|json)")
+OUR_FILE = re.compile(r"helios_[0-9a-f]{32}\.(mp4|json)(\.part)?")
 PACKET_CHECK = "The video was written, but its file holds {found} frames instead of {expected}."
 
 

@@ -15,10 +15,14 @@ from ..messages import Notes
 from ..out_of_memory import memory_errors
 from ..sampling.guider import HeliosGuider
 from ..sockets.conditioning import check_conditioning
-from ..sockets.prompt_changes import Change, SteeredPrompts, still_shown
+from ..sockets.prompt_changes import MOST_CHANGES, MOST_CHARACTERS, Change, SteeredPrompts, still_shown
 from ..sockets.text_encoding import encode_prompt, tokenize
 from .mp4 import prompts_beside
+from .run_note import first_prompt, prompt_nodes
 from .steering import Steering
+
+PROMPT_SCHEDULE = "HeliosPromptSchedule"
+TEXT_ENCODE = "HeliosTextEncode"  # whose prompts are encoded as those that take over
 
 
 def check_steerable(clip: Any, positive: list) -> None:
@@ -32,13 +36,21 @@ def check_steerable(clip: Any, positive: list) -> None:
         )
 
 
+def given_prompts(graph: dict[str, Any], node_id: str) -> SteeredPrompts:
+    """What the graph tells of a node's prompts: the first one's text, and those that `steered` lets take over."""
+    for kind, inputs, _ in prompt_nodes(graph, node_id):
+        steered = inputs.get("steered")
+        if kind == PROMPT_SCHEDULE and isinstance(steered, str) and steered.strip():
+            return SteeredPrompts.from_json(steered)
+    return SteeredPrompts(first_prompt(graph, node_id, of=[TEXT_ENCODE]), 0, {})
+
+
 class PromptTurns:
     """Brings into a run what pages ask for, and what its saved chunks were asked for."""
 
-    def __init__(self, guider: HeliosGuider, clip: Any, steering: Steering, notes: Notes, begins_with: str | None):
-        """begins_with: the text of the first prompt, where the graph tells."""
-        self.guider, self.clip, self.steering, self.notes = guider, clip, steering, notes
-        self.begins_with = begins_with
+    def __init__(self, guider: HeliosGuider, clip: Any, steering: Steering, notes: Notes, given: SteeredPrompts):
+        """given: what the graph tells of the prompts without anybody steering."""
+        self.guider, self.clip, self.steering, self.notes, self.given = guider, clip, steering, notes, given
 
     def replay(self, changes: Mapping[int, Change]) -> None:
         """Before sampling: take up what has taken effect in chunks that are made.
@@ -89,15 +101,25 @@ class PromptTurns:
         changes = self.steering.applied
         if not changes:
             return
-        prompts = SteeredPrompts(self.begins_with, chunks, changes)
+        earlier = {position: change for position, change in self.given.changes.items() if position < min(changes)}
+        prompts = SteeredPrompts(self.given.begins_with, chunks, {**earlier, **changes})
+        text = prompts.to_json(run.rng.initial_seed())
+        part = file.with_suffix(".json.part")
         try:
-            file.write_text(prompts.to_json(run.rng.initial_seed()), encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
+            part.replace(file)
         except OSError as error:  # the video is there all the same
             self.notes.warn(f"The prompts that took over could not be written to {file} ({error.strerror}).")
             return
+        taken = f"{len(changes)}, after {len(earlier)} that `steered` has now" if earlier else f"{len(changes)}"
         self.notes.inform(
-            f"Prompts that took over: {len(changes)}. They are in {file}, for `steered` of Helios Prompt Schedule."
+            f"Prompts that took over: {taken}. They are in {file}, for `steered` of Helios Prompt Schedule."
         )
+        if len(prompts.changes) > MOST_CHANGES or len(text) > MOST_CHARACTERS:
+            self.notes.warn(
+                f"`steered` does not take so many: {len(prompts.changes)} prompts of at most {MOST_CHANGES}, "
+                f"{len(text)} characters of at most {MOST_CHARACTERS}. Leave some out before you paste them."
+            )
 
     def encode(self, change: Change) -> Tensor:
         """(1, 512, D). Raises ValueError for a text encoder that does not fit the model, or does not work."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -36,11 +36,17 @@ def about(chunk_shape: tuple[int, ...], chunks: int, seed: int, prompt: str | No
 
 def first_prompt(graph: dict[str, Any], node_id: str, of: Collection[str] | None = None) -> str | None:
     """The text of the prompt that leads to this node; None where another node makes it, or is none `of` these kinds."""
-    for _ in range(len(graph)):  # a chain is no longer than that, a circle is
-        inputs = graph.get(node_id, {}).get("inputs", {})
+    *_, (kind, _, value) = prompt_nodes(graph, node_id)
+    return value if isinstance(value, str) and (of is None or kind in of) else None
+
+
+def prompt_nodes(graph: dict[str, Any], node_id: str) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """(class, inputs, the one of them with the first prompt) of this node and those before it, up to the prompt."""
+    for _ in range(1 + len(graph)):  # a chain is no longer than that, a circle is
+        node = graph.get(node_id, {})
+        inputs = node.get("inputs", {})
         value: Any = next((inputs[name] for name in FIRST_PROMPT if name in inputs), None)
+        yield node.get("class_type", ""), inputs, value
         if not is_link(value):
-            known = of is None or graph.get(node_id, {}).get("class_type") in of
-            return value if known and isinstance(value, str) else None
+            return
         node_id = value[0]
-    return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...helios_core.config import CHUNK_FRAMES
 from ..sockets.decoding import decode_chunk
 from .live_file import LiveFile
-from .mp4 import VideoFile
+from .mp4 import VideoFile, folder_errors
 
 SPARE_ROOM = 2**28  # bytes on the disk, beside a video's own
 
@@ -71,8 +71,11 @@ class VideoWriter:
             self.kept = self.finish()
 
     def is_short_of_room(self) -> bool:
-        """Whether the disk could hardly take what is watched once more, as it has to at its end."""
-        return self.live is not None and self.live.size + SPARE_ROOM > disk_usage(video_folder()).free
+        """Whether the disk could hardly take what is watched once more, as it has to at its end. Raises OSError."""
+        if self.live is None:
+            return False
+        with folder_errors(video_folder()):
+            return self.live.size + SPARE_ROOM > disk_usage(video_folder()).free
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -6,10 +6,11 @@ import comfy.model_management
 import pytest
 import torch
 
-from comfyui_helios.host.stream import live_sessions
+from comfyui_helios.host.stream import live_sessions, video_writer
 from comfyui_helios.host.stream.live_file import LiveFile
 from comfyui_helios.host.stream.live_sessions import KEPT, Watched, find_session, on_air, sessions, workflow_id
 from comfyui_helios.host.stream.steering import Steering
+from comfyui_helios.host.stream.video_writer import VideoWriter
 from comfyui_helios.nodes.stream import HeliosStreamVideo
 from support.streams import beginning, make_parts, planes, stream_video, temporary_files, watched
 
@@ -46,9 +47,11 @@ def test_a_cancelled_run_leaves_no_file_and_says_so_in_the_table(parts):
     assert [session.state for session in sessions()] == ["stopped"]
 
 
-def test_without_live_nothing_is_to_be_watched(parts):
+def test_without_live_nothing_is_to_be_watched_and_nobody_could_finish_it(parts):
     stream_video(parts, beginning(33))
     assert sessions() == []
+    with pytest.raises(ValueError, match="`until_finished` needs `live`"):
+        stream_video(parts, beginning(33), until_finished=True)
 
 
 def test_its_inputs_came_last_and_are_off():
@@ -91,3 +94,12 @@ def test_a_workflow_is_known_by_the_id_that_the_page_sends(sent, known):
 
 def test_a_graph_that_no_page_has_queued_has_no_id():
     assert workflow_id(None) is None
+
+
+def test_a_temp_folder_that_is_gone_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_writer, "video_folder", lambda: tmp_path / "gone")
+    with (
+        VideoWriter(None, 1, (0, 33), 24, 18, "8", live=True) as writer,
+        pytest.raises(OSError, match=r"The video cannot be written to .*gone.*run it again"),
+    ):
+        writer.is_short_of_room()

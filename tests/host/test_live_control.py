@@ -6,13 +6,14 @@ import json
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
-from aiohttp import ClientTimeout, web
+from aiohttp import ClientPayloadError, ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from comfy.cli_args import args
 
 from comfyui_helios.host.sockets.prompt_changes import Change
-from comfyui_helios.host.stream import live_sessions
+from comfyui_helios.host.stream import live_routes, live_sessions
 from comfyui_helios.host.stream.live_file import LiveFile
 from comfyui_helios.host.stream.live_routes import add_live_routes
 from comfyui_helios.host.stream.live_sessions import Watched, on_air
@@ -127,6 +128,15 @@ def test_more_than_16_kib_are_not_read(routes, run):
     assert (status, fits) == (413, 200)
 
 
+def test_who_does_not_say_how_much_comes_is_asked_for_that(routes, run):
+    async def blocks():
+        yield json.dumps(PROMPT).encode()
+
+    request = {**asked(run), "data": blocks()}
+    assert sent(routes, request) == [(411, "Say how long it is: send it with a Content-Length.")]
+    assert run.steering.take() is None
+
+
 def test_what_is_packed_is_not_unpacked(routes, run):
     """16 KiB can hold many megabytes."""
     data = gzip.compress(json.dumps({"prompt": "a" * 90_000, "transition": 0}).encode())
@@ -182,8 +192,39 @@ def test_only_ids_of_the_table_are_answered(routes, run, name):
     assert [status for status, _ in answers] == [404, 404]
 
 
-def test_the_prompts_of_a_video_can_be_had_once_they_are_written(routes, run):
-    path = f"/helios/live/{run.id}.json"
-    run.file.target.with_suffix(".json").write_text('{"prompts": []}')
+def test_the_prompts_of_a_video_are_offered_and_can_be_had_once_they_are_written(routes, run):
+    path, file = f"/helios/live/{run.id}.json", run.file.target.with_suffix(".json")
+    run.file.target.touch()
+    assert (run.describe()["file"], run.describe()["script"]) == (True, False)
+    file.write_text('{"prompts": []}')
+    assert run.describe()["script"]
     [(status, text), (foreign, _)] = sent(routes, {"path": path}, {"path": path, "headers": {"Origin": "null"}})
     assert (status, text, foreign) == (200, '{"prompts": []}', 403)
+
+
+def test_who_takes_nothing_for_too_long_is_let_go_and_no_file_stays_open(routes, run, monkeypatch):
+    """As a paused player does, in a tab that nobody closes."""
+    run.file.part.write_bytes(bytes(2**26))  # more than sockets hold
+    run.file.keys.append(0)
+    monkeypatch.setattr(live_routes, "PATIENCE", 0.2)
+
+    async def pause():
+        let_go, wait_for = asyncio.Event(), asyncio.wait_for
+
+        async def watched(writing, patience):
+            try:
+                return await wait_for(writing, patience)
+            except TimeoutError:
+                let_go.set()
+                raise
+
+        monkeypatch.setattr(live_routes.asyncio, "wait_for", watched)
+        app = web.Application()
+        app.add_routes(routes)
+        async with TestClient(TestServer(app)) as client, client.get(f"/helios/live/{run.id}.mp4") as answer:
+            await let_go.wait()
+            with pytest.raises(ClientPayloadError):
+                await answer.read()
+            assert str(run.file.part) not in [file.path for file in psutil.Process().open_files()]
+
+    asyncio.run(pause())

@@ -1,6 +1,7 @@
 """Prompts that took over: their JSON, what of them still shows, and Helios Prompt Schedule made from them."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -39,7 +40,10 @@ def test_it_comes_back_from_one_line_as_it_was():
         (text(chunks=True), "`chunks` is a whole number"),
         (text(begins_with="A" * 100_001), "A prompt is a text"),
         (text(begins_with=["A"]), "A prompt is a text"),
-        (text(prompts={}), "`prompts` is no list of at most 2000"),
+        (text(prompts={}), "`prompts` is no list"),
+        (text(prompts=[{}] * 2001), "it has 2001 prompts of at most 2000"),
+        (" " * (16 * 2**20 + 1), "it has 16777217 characters of at most 16777216"),
+        (" " * (16 * 2**20 + 1), "characters of at most 16777216"),
         (text(prompts=["A"]), "one of `prompts` is 'A'"),
         (text(prompts=[{"after_chunk": 1, "prompt": "A"}]), "has a prompt and a transition"),
         (text(prompts=[{"after_chunk": 1, "prompt": " ", "transition": 0}]), "has at least a word, got ' '. Paste"),
@@ -90,8 +94,10 @@ def schedule(clip, begins_with, **widgets):
     return find_track(positive), frames
 
 
-def test_a_schedule_is_as_long_as_the_video_and_begins_as_it_did(clip):
+def test_a_schedule_is_as_long_as_the_video_and_begins_as_it_did(clip, caplog):
+    caplog.set_level(logging.INFO)
     track, frames = schedule(clip, "A red fox.")
+    assert "`steered` has the first prompt: those above, and `before`, are not used." in caplog.messages
     assert (track.chunks, frames) == ((30,), 990)
     assert torch.equal(track.at(3), encode_prompt(clip, "A red fox.")[0][0])
     assert torch.equal(track.at(6), encode_prompt(clip, "A blue lake.")[0][0])

@@ -343,14 +343,15 @@ def test_a_folder_with_a_strangers_file_or_link_stays(output, tmp_path):
 
 
 def test_videos_in_temp_go_a_day_after_nothing_needs_them(tmp_path):
-    names = [f"helios_{i:032x}.mp4" for i in range(3)] + [f"helios_{3:032x}.mp4.part", "helios_mine.mp4", "other.mp4"]
+    names = [f"helios_{i:032x}.mp4" for i in range(3)]
+    names += [f"helios_{3:032x}.{kind}.part" for kind in ("mp4", "json")] + ["helios_mine.mp4", "other.mp4"]
     for name in names:
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1, 1))
     os.utime(tmp_path / names[0])
     video = video_file.finished_video(tmp_path / names[1])
     cleaned_up()
-    assert {path.name for path in tmp_path.glob("*.mp4*")} == {names[0], names[1], "helios_mine.mp4", "other.mp4"}
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], names[1], "helios_mine.mp4", "other.mp4"}
     del video
     video_file.remove_old_videos(tmp_path)
     assert not (tmp_path / names[1]).exists()

@@ -23,7 +23,7 @@ from comfyui_helios.host.model.offload_patcher import Offloading
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sockets.latent import to_vae_space
 from comfyui_helios.host.sockets.prompt_changes import Change, SteeredPrompts
-from comfyui_helios.host.stream import live_sessions, run_folder, video_writer
+from comfyui_helios.host.stream import live_sessions, prompt_turns, run_folder, video_writer
 from comfyui_helios.host.stream.live_sessions import sessions
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.prompts import HeliosPromptSchedule
@@ -99,12 +99,16 @@ def beginning(clip, chunks=CHUNKS, batch=1):
     return run_node(HeliosHistoryInjection, *prompts, frames=33 * chunks, batch_size=batch, **SIZE)
 
 
-def stream(model, clip, pages, schedule=QUICK, start=None, **settings):
-    """(video, latents of all chunks, tail) of a run with `live`; resume is on, and its folder is emptied before."""
+def stream(model, clip, pages, schedule=QUICK, start=None, prompts=None, **settings):
+    """(video, latents of all chunks, tail) of a run with `live`; resume is on, and its folder is emptied before.
+
+    prompts: the node of the graph that they come from.
+    """
     settings = {"live": True, "clip": clip, "overlap_decode": "off", "resume": True, **settings}
     start = start or beginning(clip)
     prompt = graph(seed=5, clip=["1", 1])
     del prompt["4"]["inputs"]["start_image"], prompt["3"]
+    prompt["2"] = prompts or prompt["2"]
     try:
         [video, *_], tail = stream_video(
             Parts(model, pages), start, schedule, 5, unique_id="5", prompt=prompt, **settings
@@ -117,6 +121,19 @@ def stream(model, clip, pages, schedule=QUICK, start=None, **settings):
 def saved_latents():
     files = sorted((Path(folder_paths.output_directory) / run_folder.FOLDER).rglob("*.safetensors"))
     return to_vae_space(torch.cat([load_file(file)["latents"] for file in files], dim=2))
+
+
+def scheduled(clip, steered, batch=1):
+    """(what a video begins with, summary) by Helios Prompt Schedule with a JSON in `steered`, as `beginning` else."""
+    widgets = {w.id: w.default for w in HeliosPromptSchedule.define_schema().inputs if w.id not in ("clip", "before")}
+    *prompts, frames, summary = run_node(
+        HeliosPromptSchedule, clip, **{**widgets, "negative": "blurry", "steered": steered}
+    )
+    return run_node(HeliosHistoryInjection, *prompts, frames=frames, batch_size=batch, **SIZE), summary
+
+
+def script(video):
+    return video.with_suffix(".json").read_text(encoding="utf-8")
 
 
 def events(steering):
@@ -133,7 +150,7 @@ def steered(model, clip, tmp_path_factory):
     before, folder_paths.output_directory = folder_paths.output_directory, str(tmp_path_factory.mktemp("steered"))
     try:
         video, latents, _ = stream(model, clip, Pages(ASKED))
-        return video.with_suffix(".json").read_text(encoding="utf-8"), latents
+        return script(video), latents
     finally:
         folder_paths.output_directory = before
 
@@ -142,18 +159,25 @@ def steered(model, clip, tmp_path_factory):
 def test_the_same_seed_and_prompts_give_the_same_latents(model, clip, schedule, batch):
     video, latents, tail = stream(model, clip, Pages(ASKED, batch=batch), schedule, beginning(clip, batch=batch))
     assert events(sessions()[-1].describe()["steering"]) == APPLIED
-    script = video.with_suffix(".json").read_text(encoding="utf-8")
-    assert json.loads(script)["seed"] == 5
+    assert json.loads(script(video))["seed"] == 5
 
-    widgets = {w.id: w.default for w in HeliosPromptSchedule.define_schema().inputs if w.id not in ("clip", "before")}
-    again = {**widgets, "negative": "blurry", "steered": script}
-    positive, negative, frames, summary = run_node(HeliosPromptSchedule, clip, **again)
-    assert frames == 33 * CHUNKS
+    start, summary = scheduled(clip, script(video), batch)
     assert summary.endswith("total: 5 chunks (6.9 s) | steered after chunk 1, 3")
-    start = run_node(HeliosHistoryInjection, positive, negative, frames=frames, batch_size=batch, **SIZE)
     [made_again] = run_node(HeliosChunkedSampler, model, *start, schedule, 5)
     assert torch.equal(made_again["samples"], latents)
     assert torch.equal(made_again["samples"][:, :, -9:], tail["samples"])
+
+
+def test_a_video_that_is_made_again_and_steered_anew_is_written_with_what_it_was_made_from(model, clip, steered):
+    """So that its JSON may take the place of the first in `steered`."""
+    start, _ = scheduled(clip, steered[0])
+    node = {"class_type": "HeliosPromptSchedule", "inputs": {"prompt_1": "A fox.", "steered": steered[0]}}
+    last = Change("A green hill.", 2)
+    video, latents, _ = stream(model, clip, Pages({2: [last]}), start=start, prompts=node)
+    assert SteeredPrompts.from_json(script(video)) == SteeredPrompts(FIRST, CHUNKS, {1: APPLIED[1], 2: last})
+    start, _ = scheduled(clip, script(video))
+    [made_again] = run_node(HeliosChunkedSampler, model, *start, QUICK, 5)
+    assert torch.equal(made_again["samples"], latents)
 
 
 def test_prompts_show_in_the_chunks_after_them_and_in_no_earlier_one(model, clip, steered):
@@ -173,7 +197,7 @@ def test_a_steered_run_that_was_killed_goes_on_to_the_same_latents(model, clip, 
     later = {position: changes for position, changes in ASKED.items() if position >= made}
     video, latents, _ = stream(model, clip, Pages(later))
     assert torch.equal(latents, steered[1])
-    assert video.with_suffix(".json").read_text(encoding="utf-8") == steered[0]
+    assert script(video) == steered[0]
 
 
 def test_what_still_shows_cannot_go_on_without_its_text_encoder(model, clip):
@@ -191,7 +215,7 @@ def test_a_whole_one_is_encoded_again_without_it(model, clip, steered):
     failing.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", lambda *_, **__: pytest.fail("it was sampled"))
     video, latents, _ = stream(failing, None, Pages({}), start=start, live=False)
     assert torch.equal(latents, steered[1])
-    assert video.with_suffix(".json").read_text(encoding="utf-8") == steered[0]
+    assert script(video) == steered[0]
 
 
 @pytest.mark.parametrize(("finish_after", "chunks"), [(1, 2), (3, 4)])
@@ -233,11 +257,6 @@ def test_a_run_without_an_end_that_was_killed_goes_on_from_where_it_was(model, c
     assert torch.equal(latents, whole)
 
 
-def test_nobody_could_finish_it_without_live(model, clip):
-    with pytest.raises(ValueError, match="`until_finished` needs `live`"):
-        stream(model, clip, Pages({}), live=False, until_finished=True)
-
-
 def test_it_ends_by_itself_before_the_disk_is_full(model, clip, monkeypatch, shown):
     room = itertools.chain([2**40, 2**40, 1000], itertools.repeat(2**40))
     monkeypatch.setattr(video_writer, "disk_usage", lambda folder: type("Usage", (), {"free": next(room)}))
@@ -270,6 +289,20 @@ def test_a_prompt_that_cannot_be_had_does_not_end_the_run(model, clip, shown):
     assert "not applied after chunk 1. The text encoder ran out of memory. Load it on the CPU" in said
     assert "not applied after chunk 2. The text encoder on `clip` is 31 wide, the model expects 32" in said
     assert SECOND not in said
+
+
+def test_what_is_written_has_its_name_once_it_is_whole_and_is_said_to_be_too_much(model, clip, shown, monkeypatch):
+    def look(part, target):
+        if target.suffix == ".json":
+            seen.append((part.name, target.exists(), SteeredPrompts.from_json(part.read_text("utf-8")).changes))
+        return replace_file(part, target)
+
+    seen, replace_file = [], Path.replace
+    monkeypatch.setattr(Path, "replace", look)
+    monkeypatch.setattr(prompt_turns, "MOST_CHANGES", 1)
+    video, *_ = stream(model, clip, Pages(ASKED))
+    assert seen == [(f"{video.stem}.json.part", False, APPLIED)]
+    assert "`steered` does not take so many: 2 prompts of at most 1" in shown[-1][0]
 
 
 def test_a_prompt_that_no_chunk_comes_after_is_said_to_be_lost(model, clip, shown):
@@ -345,7 +378,7 @@ def test_cancel_keeps_what_is_finished_and_names_it(model, clip, shown, batch):
         stream(model, clip, Pages(ASKED, cancelled_after=3, batch=batch), start=beginning(clip, batch=batch))
     [session] = sessions()
     assert (session.state, session.describe()["file"], session.file.frames) == ("stopped", True, 99)
-    prompts = SteeredPrompts.from_json(session.file.target.with_suffix(".json").read_text(encoding="utf-8"))
+    prompts = SteeredPrompts.from_json(script(session.file.target))
     assert (prompts.begins_with, prompts.chunks, prompts.changes) == (FIRST, 3, {1: APPLIED[1]})
     assert any(f"Cancelled. What was finished is in {session.file.target}" in text for text, _ in shown)
     assert sum(name.endswith(".mp4") for name in temporary_files()) == batch
@@ -362,6 +395,6 @@ def test_the_prompt_of_a_chunk_that_was_cancelled_is_not_beside_the_video(model,
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         stream(cancelled, clip, Pages(ASKED))
     [session] = sessions()
-    prompts = SteeredPrompts.from_json(session.file.target.with_suffix(".json").read_text(encoding="utf-8"))
+    prompts = SteeredPrompts.from_json(script(session.file.target))
     assert (prompts.chunks, prompts.changes) == (3, {1: APPLIED[1]})
     assert events(session.describe()["steering"]) == {1: APPLIED[1]}

@@ -29,10 +29,10 @@ def api(info):
     return make
 
 
-def answer(server, path, **headers):
-    """(status, body) of a GET."""
+def answer(server, path, data=None, **headers):
+    """(status, body) of a GET, or of a POST of data."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=120) as got:
+        with urllib.request.urlopen(urllib.request.Request(server.url + path, data, headers), timeout=120) as got:
             return got.status, got.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -145,8 +145,10 @@ def finished(server, api):
         ({"Host": "studio.lan:8188", "Sec-Fetch-Site": "same-origin"}, 200),
     ],
 )
-def test_pages_of_other_origins_see_nothing(server, finished, path, headers, status):
+def test_pages_of_other_origins_see_and_steer_nothing(server, finished, path, headers, status):
     assert answer(server, path.format(id=finished), **headers)[0] == status
+    asked = answer(server, f"{LIST}/{finished}", b'{"finish": true}', **{"Content-Type": "application/json", **headers})
+    assert asked[0] == (409 if status == 200 else status)  # it has ended
 
 
 @pytest.mark.parametrize(
