@@ -234,9 +234,9 @@ def _lent(
     A norm of a host's lends them by a method `lend(device, dtype)`; torch's own has nothing to cast or to fetch.
     """
     replaced = "forward" in vars(norm) or norm._forward_pre_hooks or norm._forward_hooks
-    weight = norm.weight
-    if not replaced and hasattr(norm, "lend"):
-        with norm.lend(device, dtype) as weights:
+    lend, weight = getattr(norm, "lend", None), getattr(norm, "weight", None)
+    if lend is not None and not replaced:
+        with lend(device, dtype) as weights:
             yield weights
     elif replaced or type(norm).forward is not kind.forward or weight is None:
         yield None

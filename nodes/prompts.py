@@ -87,9 +87,9 @@ class HeliosPromptSchedule(io.ComfyNode):
                     "steered",
                     default="",
                     optional=True,
-                    tooltip="The .json that Helios Stream Video writes beside a video that was steered, pasted here: "
-                    "its prompts take over at the same chunks. If it names the first prompt, those above and `before` "
-                    "are not used.",
+                    tooltip="The .json that Helios Stream Video keeps of a steered video (output/helios_prompts), "
+                    "pasted here: its prompts take over at the same chunks. If it names the first prompt, those above "
+                    "and `before` are not used.",
                 ),
             ],
             outputs=[

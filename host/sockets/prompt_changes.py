@@ -76,8 +76,8 @@ class SteeredPrompts:
         except ValueError as error:
             reason = str(error).rstrip(".")
             raise ValueError(
-                f"`steered` holds no prompts of a steered video: {reason}. Paste what is in the .json file that Helios "
-                "Stream Video has written beside it, or leave it empty."
+                f"`steered` holds no prompts of a steered video: {reason}. Paste what is in a .json file of "
+                "output/helios_prompts, where Helios Stream Video writes them, or leave it empty."
             ) from error
 
 

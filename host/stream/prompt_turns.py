@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import folder_paths
 from torch import Tensor
 
 from ...helios_core.text import MAX_TOKENS
@@ -21,6 +22,7 @@ from .mp4 import prompts_beside
 from .run_note import first_prompt, prompt_nodes
 from .steering import Steering
 
+KEPT = "helios_prompts/steered"  # in ComfyUI's output folder, and a number
 PROMPT_SCHEDULE = "HeliosPromptSchedule"
 TEXT_ENCODE = "HeliosTextEncode"  # whose prompts are encoded as those that take over
 
@@ -43,6 +45,12 @@ def given_prompts(graph: dict[str, Any], node_id: str) -> SteeredPrompts:
         if kind == PROMPT_SCHEDULE and isinstance(steered, str) and steered.strip():
             return SteeredPrompts.from_json(steered)
     return SteeredPrompts(first_prompt(graph, node_id, of=[TEXT_ENCODE]), 0, {})
+
+
+def new_kept_prompts() -> Path:
+    """A file in ComfyUI's output folder, whose next start empties the temp folder that a streamed video is in."""
+    folder, name, count, *_ = folder_paths.get_save_image_path(KEPT, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{count:05}_.json"
 
 
 class PromptTurns:
@@ -92,10 +100,10 @@ class PromptTurns:
         return True
 
     def write_beside(self, video: Path) -> None:
-        """The prompts of a video that was steered, for Helios Prompt Schedule."""
+        """The prompts of a video that was steered, for Helios Prompt Schedule: for the page's link, and to be kept."""
         if self.steering.is_asked:
             self.notes.warn("A prompt that was waiting was not applied: no chunk has come after it.")
-        run, file = self.guider.run, prompts_beside(video)
+        run = self.guider.run
         chunks = self.guider.next_index - run.first_index
         self.steering.forget_from(chunks)
         changes = self.steering.applied
@@ -104,16 +112,17 @@ class PromptTurns:
         earlier = {position: change for position, change in self.given.changes.items() if position < min(changes)}
         prompts = SteeredPrompts(self.given.begins_with, chunks, {**earlier, **changes})
         text = prompts.to_json(run.rng.initial_seed())
-        part = file.with_suffix(".json.part")
         try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(file)
+            for file in (prompts_beside(video), kept := new_kept_prompts()):
+                part = file.with_suffix(".json.part")
+                part.write_text(text, encoding="utf-8")
+                part.replace(file)
         except OSError as error:  # the video is there all the same
-            self.notes.warn(f"The prompts that took over could not be written to {file} ({error.strerror}).")
+            self.notes.warn(f"The prompts that took over could not be written to {error.filename} ({error.strerror}).")
             return
         taken = f"{len(changes)}, after {len(earlier)} that `steered` has now" if earlier else f"{len(changes)}"
         self.notes.inform(
-            f"Prompts that took over: {taken}. They are in {file}, for `steered` of Helios Prompt Schedule."
+            f"Prompts that took over: {taken}. They are in {kept}, for `steered` of Helios Prompt Schedule."
         )
         if len(prompts.changes) > MOST_CHANGES or len(text) > MOST_CHARACTERS:
             self.notes.warn(

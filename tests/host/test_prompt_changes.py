@@ -57,7 +57,7 @@ def test_what_is_none_is_refused_with_the_reason(broken, why):
     with pytest.raises(ValueError, match="`steered` holds no prompts of a steered video: ") as error:
         SteeredPrompts.from_json(broken)
     assert why in str(error.value)
-    assert "Paste what is in the .json file" in str(error.value)
+    assert "Paste what is in a .json file of output/helios_prompts" in str(error.value)
 
 
 A, B, C = Change("a", 3), Change("b", 4), Change("c", 0)

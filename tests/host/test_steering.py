@@ -160,6 +160,8 @@ def test_the_same_seed_and_prompts_give_the_same_latents(model, clip, schedule, 
     video, latents, tail = stream(model, clip, Pages(ASKED, batch=batch), schedule, beginning(clip, batch=batch))
     assert events(sessions()[-1].describe()["steering"]) == APPLIED
     assert json.loads(script(video))["seed"] == 5
+    [kept] = (Path(folder_paths.get_output_directory()) / "helios_prompts").iterdir()
+    assert kept.read_text(encoding="utf-8") == script(video)
 
     start, summary = scheduled(clip, script(video), batch)
     assert summary.endswith("total: 5 chunks (6.9 s) | steered after chunk 1, 3")
@@ -301,7 +303,8 @@ def test_what_is_written_has_its_name_once_it_is_whole_and_is_said_to_be_too_muc
     monkeypatch.setattr(Path, "replace", look)
     monkeypatch.setattr(prompt_turns, "MOST_CHANGES", 1)
     video, *_ = stream(model, clip, Pages(ASKED))
-    assert seen == [(f"{video.stem}.json.part", False, APPLIED)]
+    parts = [f"{video.stem}.json.part", "steered_00001_.json.part"]
+    assert seen == [(part, False, APPLIED) for part in parts]
     assert "`steered` does not take so many: 2 prompts of at most 1" in shown[-1][0]
 
 
