@@ -53,13 +53,17 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def check_multiple(width: int, height: int, multiple: int, whose: str) -> None:
-    """Raise ValueError, naming the nearest, for a size in pixels that is no multiple; whose: "a video can have"."""
+def check_multiple(width: int, height: int, multiple: int, whose: str, advised: int | None = None) -> None:
+    """Raise ValueError, naming the nearest that works, for a size in pixels that is no multiple.
+
+    whose: "a video can have"; advised: the multiple that every schedule takes, which the named one is then of.
+    """
     if width % multiple or height % multiple or width < multiple or height < multiple:
-        good = [max(multiple, round(side / multiple) * multiple) for side in (width, height)]
+        step = advised or multiple
+        good = [max(step, round(side / step) * step) for side in (width, height)]
         raise ValueError(
             f"{width}x{height} is no size {whose}: width and height must be multiples of {multiple}. The nearest that "
-            f"works is {good[0]}x{good[1]}."
+            f"works{' with every schedule' if advised else ''} is {good[0]}x{good[1]}."
         )
 
 

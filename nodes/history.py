@@ -20,6 +20,7 @@ from ..helios_core.config import (
     num_chunks,
 )
 from ..helios_core.history import HistoryLayout
+from ..helios_core.schedule import DISTILLED
 from ..helios_core.video import NOISE_SIGMAS, VideoStart, VideoState
 from ..host.compat import advanced, schema
 from ..host.messages import Notes
@@ -173,7 +174,7 @@ class HeliosHistoryInjection(io.ComfyNode):
         notes = Notes(cls.hidden.unique_id)
         check_conditioning(positive, "positive")
         check_conditioning(negative, "negative")
-        check_multiple(width, height, SPATIAL_SCALE * PATCH, "a video can have")  # a pyramid's schedule may want more
+        check_multiple(width, height, SPATIAL_SCALE * PATCH, "a video can have", advised=DISTILLED.size_multiple)
         check_sources(vae, start_image=start_image, video=video, previous=previous)
         chunks = num_chunks(frames)
         start = VideoStart(

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from comfy.model_management import InterruptProcessingException
+
 from ...helios_core.generate import nothing_more
 from ..messages import Notes
 from ..sampling.guider import HeliosGuider
@@ -49,4 +51,10 @@ def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: N
                 f"Starts anew: no chunk is saved for this graph ({others} other run{'s are' if others > 1 else ' is'} "
                 "kept). To resume, everything upstream must be as it was: prompts, frames, seed, files."
             )
-        yield saved
+        try:
+            yield saved
+        except InterruptProcessingException:
+            if made := saved.count(MOST_CHUNKS)[0]:
+                many = f"{made} chunks are" if made > 1 else "1 chunk is"
+                notes.inform(f"Interrupted: {many} saved. Run goes on after that, with the same seed and inputs.")
+            raise

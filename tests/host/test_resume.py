@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.model_management
 import comfy.patcher_extension
 import folder_paths
 import pytest
@@ -83,12 +84,10 @@ def run(parts, prompt=GRAPH, schedule=DRIFTING, start=None, **settings):
         cleaned_up()
 
 
-KIND = resume.Kind((1, 16, 9, HEIGHT // 8, WIDTH // 8), resume.HistoryLayout(), anchored=True, watched=True)
-
-
 def opened(key, note=""):
     """The saved run of DRIFTING at the usual size."""
-    return resume.open_run(key, KIND, note)
+    kind = resume.Kind((1, 16, 9, HEIGHT // 8, WIDTH // 8), resume.HistoryLayout(), anchored=True, watched=True)
+    return resume.open_run(key, kind, note)
 
 
 def chunk_files(folder):
@@ -106,10 +105,10 @@ def same_contents(one, other):
     )
 
 
-def cut_off(parts, after, **kwargs):
+def cut_off(parts, after, error=Killed, **kwargs):
     """A run that ends while chunk `after` + 1 is decoded: it is saved, since it is finished."""
-    with pytest.raises(Killed):
-        run(Parts(parts.model, Counted(parts.vae, after + 1)), **kwargs)
+    with pytest.raises(error):
+        run(Parts(parts.model, Counted(parts.vae, after + 1, error)), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +182,10 @@ def test_what_is_whole_is_only_encoded_again(parts, whole, output, said):
     assert said[-1].startswith(f"All chunks ({CHUNKS}) were saved: nothing is sampled")
 
 
-def test_cut_off_twice(parts, whole, output):
+def test_cut_off_twice(parts, whole, output, said):
     cut_off(parts, 0)
-    cut_off(parts, 2)
+    cut_off(parts, 2, comfy.model_management.InterruptProcessingException)
+    assert said[-1].splitlines()[-1].startswith("Interrupted: 3 chunks are saved.")
     check_same(run(parts), whole, output)
 
 

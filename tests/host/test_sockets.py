@@ -182,7 +182,9 @@ def test_what_is_no_conditioning_is_refused_by_its_sockets_name(parts, socket, k
 
 @pytest.mark.parametrize("size", [(100, 64), (64, 72)])
 def test_a_size_that_latents_cannot_have_is_refused(size):
-    with pytest.raises(ValueError, match=r"multiples of 16\. The nearest that works is (96x64|64x64)"):
+    with pytest.raises(
+        ValueError, match=r"multiples of 16\. The nearest that works with every schedule is (128x64|64x64)"
+    ):
         history(width=size[0], height=size[1])
 
 
