@@ -195,7 +195,7 @@ def test_a_contradicting_schedule_warns_on_the_node(server, info):
     api = with_latents(small_api("helios_t2v_base", info, steps=2, frames=33, seed=5), "contradiction")
     api[find(api, "HeliosDiffusersLoader")]["inputs"]["folder"] = "Helios-Distilled"
     run_workflow(server.url, api)
-    assert "the model is Helios-Distilled, the schedule is Helios-Base's" in server.log.read_text()
+    assert "Wrong schedule: connect Helios-Distilled's" in server.log.read_text()
 
 
 def test_going_on_equals_one_run_across_restarts(server, info, models, tmp_path):
