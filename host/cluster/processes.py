@@ -79,5 +79,5 @@ def end_of_log(path: Path) -> str:
 def last_error(lines: Sequence[str]) -> str:
     """The last line of a log that names an error, or the very last."""
     errors = [found[1] for found in map(ERROR.fullmatch, lines) if found]
-    said = (errors or lines or ["it said nothing"])[-1]
+    said = (errors or [line for line in lines if line.strip()] or ["it said nothing"])[-1]
     return said.strip().rstrip(".")

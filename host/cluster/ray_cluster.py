@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ...helios_core.quoting import quoted
+from ..printable import printable_log
 from .processes import Answers, Ended, end_of_log, last_error, start_writing
 from .wire import receive
+
+log = printable_log(__name__)
 
 DRIVER = Path(__file__).with_name("ray_driver.py")
 ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}")
@@ -54,8 +57,8 @@ class RayProcesses:
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
         if os.environ.get(WITHOUT_TOKEN) != "1":
             environment["RAY_AUTH_MODE"] = "token"
-        log = folder / "driver.log"
-        with open(log, "wb") as log_file:
+        driver_log = folder / "driver.log"
+        with open(driver_log, "wb") as log_file:
             self.driver = subprocess.Popen(
                 [sys.executable, str(DRIVER)],
                 stdin=subprocess.PIPE,
@@ -65,7 +68,7 @@ class RayProcesses:
                 env=environment,
                 start_new_session=True,
             )
-        heard = (self.driver, log, answers, self.names, self.ended)
+        heard = (self.driver, driver_log, answers, self.names, self.ended)
         threading.Thread(target=_read, args=heard, daemon=True).start()
         self.requests = start_writing(self.driver.stdin)
         order = {
@@ -73,7 +76,7 @@ class RayProcesses:
             "count": len(cards),
             "resource": "CPU" if cards[0] is None else "GPU",
             "switch": WITHOUT_TOKEN,
-            "folder": folder.name,
+            "folder": str(folder),
             "settings": settings,
         }
         self.requests.put(json.dumps(order).encode() + b"\n")
@@ -105,7 +108,7 @@ class RayProcesses:
 
 
 def _read(
-    driver: subprocess.Popen[bytes], log: Path, answers: Answers, names: list[str], ended: threading.Event
+    driver: subprocess.Popen[bytes], driver_log: Path, answers: Answers, names: list[str], ended: threading.Event
 ) -> None:
     """What the driver tells, into answers and names. Knows no RayProcesses, which may be gone before it ends."""
     with io.BufferedReader(driver.stdout) as stream:  # type: ignore[type-var]
@@ -125,5 +128,8 @@ def _read(
                     ended.set()
                     answers.put((None, Ended(None, told["said"])))
     ended.set()
-    said = last_error(end_of_log(log).splitlines())
+    text = end_of_log(driver_log)
+    if driver.wait() != 0:
+        log.error("Helios Multi-GPU: the log of the process that drives the Ray cluster ends in\n%s", text)
+    said = last_error(text.splitlines())
     answers.put((None, Ended(None, f"the process that drives the Ray cluster has ended: {said}.")))

@@ -2,14 +2,15 @@
 
 It starts a worker on each of some cards of a cluster, and passes on what server and workers say to each other; it knows
 nothing of either. Not in the server: Ray waits minutes for a cluster that is not there, and ends a process whose
-cluster is lost. What is here needs Python, Ray and psutil, which Ray brings: `Relay` goes to the other machines by
-value, as Ray sends what a script defines.
+cluster is lost. It imports nothing of the pack: `Relay` goes to the other machines by value, as Ray sends what a script
+defines.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
 import queue
 import shutil
@@ -23,6 +24,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil  # type: ignore[import-untyped]  # comes with ComfyUI, and with Ray
 
 import ray
 from ray._raylet import GcsClient
@@ -57,13 +60,11 @@ class Relay:
         self.process: subprocess.Popen[bytes] | None = None
         self.folder = ""
         self.answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.heard = time.monotonic()
+        self.heard = math.inf  # when the driver last asked
         threading.Thread(target=self._watch, daemon=True).start()
 
     def place(self, paths: list[str]) -> dict[str, Any]:
         """Where this is; the network that reaches it; a port that is free; which of these paths are not there."""
-        import psutil
-
         address = ray.util.get_node_ip_address()
         all_networks = psutil.net_if_addrs()
         networks = [name for name, known in all_networks.items() if address in [each.address for each in known]]
@@ -178,7 +179,7 @@ class Driver:
         self.relays: list[Any] = []
         self.nodes: list[str] = []  # of each relay
         self.group: Any = None
-        self.address = ""
+        self.address = self.folder = ""
 
     def tell(self, what: str, body: bytes = b"", **more: Any) -> None:
         """In a line of JSON, and what follows it."""
@@ -189,7 +190,7 @@ class Driver:
     def start(self, order: dict[str, Any]) -> None:
         """Connect, find cards and start a worker on each. Raises Refused."""
         address, count, resource = order["address"], order["count"], order["resource"]
-        self.address = address
+        self.address, self.folder = address, order["folder"]
         connect(address, order["switch"])
         there = int(ray.cluster_resources().get(resource, 0))
         if there < count:
@@ -204,7 +205,7 @@ class Driver:
                 f"of the {there} {resource}s of the Ray cluster at {address}, {free} are free, and cards is {count}. "
                 "Wait for what uses the others, or set cards to fewer."
             )
-        settings, folder = order["settings"], order["folder"]
+        settings = order["settings"]
         entry = str(Path(__file__).with_name("entry.py"))
         needs = {"num_cpus": 0} | {f"num_{resource.lower()}s": 1}
         remote = ray.remote(concurrency_groups={"in": 1, "out": 1}, **needs)(Relay)
@@ -231,8 +232,8 @@ class Driver:
             environment = {"GLOO_SOCKET_IFNAME": network, "NCCL_SOCKET_IFNAME": f"={network}"} if network else {}
             job = {**settings["job"], "rank": rank}
             job["store"] = None if alone else [places[0]["address"], places[0]["port"]]
-            own_folder = f"{folder}-{place['node'][:12]}"
-            started.append(relay.start.remote(entry, {**settings, "job": job}, own_folder, environment))
+            folder = f"{Path(self.folder).name}-{place['node'][:12]}"
+            started.append(relay.start.remote(entry, {**settings, "job": job}, folder, environment))
         ray.get(started, timeout=TO_CONNECT)
         self.tell("placed", names=[named(place) for place in places])
         for rank in range(count):
@@ -265,11 +266,13 @@ class Driver:
             body = requests.read(head["size"])
             with suppress(ray.exceptions.RayError):  # `listen` tells
                 self.forward(head["file"], body)
-        if self.relays and reachable(self.address):  # else Ray would wait for it
-            with suppress(ray.exceptions.RayError):
+        if self.relays:
+            with suppress(ray.exceptions.RayError):  # they can be spoken to where the cluster's heart is gone
                 ray.get([relay.end.remote() for relay in self.relays], timeout=2 * TO_END)
+            if reachable(self.address):  # else Ray would wait for it
                 remove_placement_group(self.group)
                 ray.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)  # the server, if it was killed, has left it
         os._exit(0)
 
     def forward(self, file: str | None, message: bytes) -> None:
@@ -295,16 +298,24 @@ def connect(address: str, switch: str) -> None:
             raise Refused(nobody)
         if os.environ.get(switch) != "1" and answers_to_strangers(address):
             raise Refused(WITHOUT_TOKEN.format(address=address, switch=switch))
-        if not answers(address):  # `ray.init` would try again and again, and not say why
+        if not (has_token() and answers(address)):  # `ray.init` would try again and again, and not say why
             raise Refused(
-                f"the Ray cluster at {address} asks for another token. Give ComfyUI the cluster's, in RAY_AUTH_TOKEN, "
-                "in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token."
+                f"the Ray cluster at {address} asks for a token, and ComfyUI has none or another. Give it the "
+                "cluster's, in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token."
             )
         ray.init(address, log_to_driver=False, configure_logging=False)
     except (OSError, subprocess.TimeoutExpired, ray.exceptions.RpcError):
         raise Refused(nobody) from None
     except (RuntimeError, ValueError) as error:  # another version of Python or of Ray, for one
         raise Refused(f"connecting to the Ray cluster at {address} failed: {error}") from None
+
+
+def has_token() -> bool:
+    """Where one is wanted: without it, Ray's own code ends the process."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return os.path.isfile(file) and Path(file).read_text().strip() != ""
 
 
 def answers(address: str) -> bool:

@@ -58,8 +58,6 @@ class Worker:
         The host's own way from some LoRAs to others would gather a copy of all weights in the memory of each worker.
         """
         self.patcher = None
-        self.texts.clear()
-        self.histories.clear()
         gc.collect()
         management = comfy.model_management
         management.cleanup_models()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import secrets
 import signal
 import socket
@@ -17,7 +18,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from comfyui_helios.host.cluster.ray_cluster import check_address
+from comfyui_helios.host.cluster.ray_cluster import RayProcesses, check_address
 from comfyui_helios.host.cluster.remote_model import on_several_cards
 from comfyui_helios.host.cluster.workers import WorkerError
 from comfyui_helios.host.model.loading import load_model
@@ -201,11 +202,11 @@ def test_what_is_missing_is_told(plain, machines):
     assert f"no Ray cluster answers at {elsewhere}. On one machine run ray start" in refused(plain, ON_CPU, elsewhere)
 
 
-def test_another_token_is_refused(monkeypatch, plain, machines):
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
-    assert "asks for another token. Give ComfyUI the cluster's, in RAY_AUTH_TOKEN" in refused(
-        plain, ON_CPU, machines[0].address
-    )
+@pytest.mark.parametrize("given", ["", secrets.token_hex(16)], ids=["none", "another"])
+def test_another_token_is_refused(monkeypatch, tmp_path, plain, machines, given):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", given)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray looks next
+    assert "asks for a token, and ComfyUI has none or another" in refused(plain, ON_CPU, machines[0].address)
 
 
 def test_a_cluster_without_a_token_is_refused_unless_that_is_wanted(monkeypatch, tmp_path, plain):
@@ -215,6 +216,17 @@ def test_a_cluster_without_a_token_is_refused_unless_that_is_wanted(monkeypatch,
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         told = refused(plain, ON_CPU, machine.address)
         assert f"cards is 2, and the Ray cluster at {machine.address} has 1 CPUs" in told
+
+
+def test_a_server_that_is_killed_leaves_nothing(tmp_path):
+    """Its end of the pipes goes with it."""
+    answers, folder = queue.SimpleQueue(), tmp_path / "helios-workers-x"
+    folder.mkdir()
+    group = RayProcesses(free_address(), ON_CPU, {}, folder, answers)
+    assert "no Ray cluster answers" in answers.get(timeout=120)[1].log
+    group.driver.stdin.close()
+    group.driver.wait()
+    assert not folder.exists()
 
 
 def test_an_address_is_checked_before_any_work(monkeypatch, plain):
