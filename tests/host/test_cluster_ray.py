@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -87,12 +88,12 @@ def free_address():
 
 
 @contextmanager
-def first_machine(folder, **environment):
+def first_machine(folder, *arguments, **environment):
     address = free_address()
     with tempfile.TemporaryDirectory(prefix="helios-ray-") as sockets:  # Ray wants a short path
         port = address.partition(":")[2]
-        arguments = ("--head", "--port", port, "--include-dashboard", "false", "--temp-dir", sockets)
-        with started(Machine(folder, FIRST, *arguments, **environment)) as machine:
+        head = ("--head", "--port", port, "--include-dashboard", "false", "--temp-dir", sockets)
+        with started(Machine(folder, FIRST, *head, *arguments, **environment)) as machine:
             machine.address = address
             yield machine
 
@@ -198,6 +199,10 @@ def test_a_machine_that_is_lost_is_told(remote):
 def test_what_is_missing_is_told(plain, machines):
     address = machines[0].address
     assert f"cards is 3, and the Ray cluster at {address} has 2 CPUs" in refused(plain, (None, None, None), address)
+    missing = on_several_cards(plain, ON_CPU, address=address)
+    missing.job = replace(missing.job, path="/nowhere/Helios")
+    with pytest.raises(WorkerError, match=f"{FIRST} has no /nowhere/Helios. The pack, ComfyUI and the model must lie"):
+        video(missing)
     elsewhere = free_address()
     assert f"no Ray cluster answers at {elsewhere}. On one machine run ray start" in refused(plain, ON_CPU, elsewhere)
 
@@ -210,12 +215,15 @@ def test_another_token_is_refused(monkeypatch, tmp_path, plain, machines, given)
 
 
 def test_a_cluster_without_a_token_is_refused_unless_that_is_wanted(monkeypatch, tmp_path, plain):
-    with first_machine(tmp_path / "open", RAY_AUTH_MODE="disabled") as machine:
+    """Here two cards of one machine, whose workers meet in a file."""
+    with first_machine(tmp_path / "open", "--num-cpus", "2", RAY_AUTH_MODE="disabled") as machine:
         assert "it asks for no token. Start it with RAY_AUTH_MODE=token" in refused(plain, ON_CPU, machine.address)
         monkeypatch.setenv("HELIOS_CLUSTER_WITHOUT_TOKEN", "1")
-        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-        told = refused(plain, ON_CPU, machine.address)
-        assert f"cards is 2, and the Ray cluster at {machine.address} has 1 CPUs" in told
+        model = with_lora(on_several_cards(plain, ON_CPU, address=machine.address))
+        assert difference(video(model), video(with_lora(plain))) <= TOLERANCE
+        [files] = left_in_temp([machine])
+        assert len(list(files.glob("*.safetensors"))) == 1 and (files / "rendezvous").exists()
+        comfy.model_management.unload_all_models()
 
 
 def test_a_server_that_is_killed_leaves_nothing(tmp_path):
