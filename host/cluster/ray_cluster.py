@@ -23,13 +23,14 @@ log = printable_log(__name__)
 
 DRIVER = Path(__file__).with_name("ray_driver.py")
 ADDRESS = re.compile(r"(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}")
+LAST_PORT = 65_535
 WITHOUT_TOKEN = "HELIOS_CLUSTER_WITHOUT_TOKEN"  # in the environment: 1 takes a cluster that anybody may use
 TO_END = 20.0  # s, of all workers on all machines
 
 
 def check_address(address: str) -> None:
     """Raise ValueError for what is no address of a Ray cluster, and where Ray is not installed."""
-    if not ADDRESS.fullmatch(address):
+    if not ADDRESS.fullmatch(address) or int(address.rpartition(":")[2]) > LAST_PORT:
         raise ValueError(
             f"address must be the host and port of a Ray cluster, as 10.0.0.5:6379, got {quoted(address)}. Leave it "
             "empty for the cards of this machine."

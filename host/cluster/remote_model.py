@@ -121,16 +121,22 @@ class ClusterPatcher(comfy.model_patcher.ModelPatcher):
             raise ValueError("Take Helios Multi-GPU out to save a model: its weights are with the workers.")
         self._refuse_what_does_not_travel()
         workers = self.model.diffusion_model.workers
-        if workers is not None and not (workers.alive and workers.job == self.job):
+        if workers is not None and workers.alive and workers.job == self.job:
+            workers.job = self.job  # its patience may be another
+            if self.model.current_weight_patches_uuid != self.patches_uuid:
+                self._load_again(workers)
+        else:
             self.unpatch_model()
-        elif workers is not None and self.model.current_weight_patches_uuid != self.patches_uuid:
-            try:
-                workers.load(self.patches, self.model.memory)
-            except BaseException:
-                self.unpatch_model()
-                raise
-            self.model.current_weight_patches_uuid = self.patches_uuid
         return super().partially_load(device_to, extra_memory)
+
+    def _load_again(self, workers: Workers) -> None:
+        """With other LoRAs, where the host would unload the model first."""
+        try:
+            workers.load(self.patches, self.model.memory)
+        except BaseException:
+            self.unpatch_model()
+            raise
+        self.model.current_weight_patches_uuid = self.patches_uuid
 
     def load(self, device_to: Any = None, *args: Any, **kwargs: Any) -> None:
         self.unpatch_hooks()

@@ -8,7 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..printable import printable_log
 from .local import LocalProcesses
-from .patches import KEPT_FILES, write_patches
+from .patches import KEPT_FILES, keep_files, write_patches
 from .processes import Answers, Ended, Processes, last_error
 from .ray_cluster import RayProcesses
 from .version import VERSION
@@ -50,7 +50,8 @@ class Job:
     dtype: str
     offloading: Sequence[Any] | None  # the fields of an `Offloading`
     cards: Sequence[str | None]  # for each worker, as CUDA_VISIBLE_DEVICES names it; None for the CPU
-    patience: float = 0.0  # s that a step may take; 0 for what the steps before it tell
+    # s that a step may take, 0 for what the steps before it tell: another one is for the same workers
+    patience: float = field(default=0.0, compare=False)
     address: str = ""  # of a Ray cluster, which then says what card each worker has; empty for this machine
 
 
@@ -111,6 +112,7 @@ class Workers:
             "memory": memory,
         }
         self._ask(header, {}, WHILE_LOADING, heedless=0.0)
+        keep_files(Path(self.folder.name), self.files)  # theirs may be elsewhere
 
     def ask(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the first worker answers, once all have. A header's "do" names what is asked, and "flow" is a step."""

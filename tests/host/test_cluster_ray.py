@@ -238,7 +238,7 @@ def test_a_server_that_is_killed_leaves_nothing(tmp_path):
 
 
 def test_an_address_is_checked_before_any_work(monkeypatch, plain):
-    for address in ("ray://10.0.0.5:10001", "auto", "10.0.0.5", "10.0.0.5:"):
+    for address in ("ray://10.0.0.5:10001", "auto", "10.0.0.5", "10.0.0.5:", "10.0.0.5:65536"):
         with pytest.raises(ValueError, match="address must be the host and port of a Ray cluster"):
             run_node(HeliosMultiGPU, plain, 2, 0, address)
     check_address("[fd00::5]:6379")
