@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil  # type: ignore[import-untyped]  # comes with ComfyUI, and with Ray
-
 import ray
 from ray._raylet import GcsClient
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -267,8 +266,8 @@ class Driver:
             with suppress(ray.exceptions.RayError):  # `listen` tells
                 self.forward(head["file"], body)
         if self.relays:
-            with suppress(ray.exceptions.RayError):  # they can be spoken to where the cluster's heart is gone
-                ray.get([relay.end.remote() for relay in self.relays], timeout=2 * TO_END)
+            # All that are left: they can be spoken to where the cluster's heart is gone.
+            ray.wait([relay.end.remote() for relay in self.relays], num_returns=len(self.relays), timeout=2 * TO_END)
             if reachable(self.address):  # else Ray would wait for it
                 remove_placement_group(self.group)
                 ray.shutdown()
