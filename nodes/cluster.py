@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.cluster.cards import find_cards, loading_warning
+from ..host.cluster.ray_cluster import check_address
 from ..host.cluster.remote_model import on_several_cards
 from ..host.compat import advanced, schema
 from ..host.messages import Notes
@@ -21,10 +22,10 @@ class HeliosMultiGPU(io.ComfyNode):
             display_name="Helios Multi-GPU",
             category="Helios",
             description=(
-                "Makes one video on several cards of this machine: each computes a part of every step. Every card "
-                "needs room for the whole model, or group_offload on the loader."
+                "Makes one video on several cards, of this machine or of a Ray cluster: each computes a part of every "
+                "step. Every card needs room for the whole model, or group_offload on the loader."
             ),
-            search_aliases=["helios", "multi gpu", "several cards", "sequence parallel", "ulysses"],
+            search_aliases=["helios", "multi gpu", "several cards", "sequence parallel", "ulysses", "ray", "cluster"],
             inputs=[
                 io.Model.Input("model", tooltip="From a Helios loader, with LoRAs on it or without."),
                 io.Int.Input(
@@ -44,19 +45,30 @@ class HeliosMultiGPU(io.ComfyNode):
                     tooltip="Seconds after which a step counts as hung. 0: ten times the slowest step so far, at least "
                     "a minute.",
                 ),
+                advanced(
+                    io.String.Input,
+                    "address",
+                    default="",
+                    optional=True,
+                    tooltip="Of a running Ray cluster, as 10.0.0.5:6379: the cards of several machines. Empty: this "
+                    "machine's.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model, cards, timeout=0) -> io.NodeOutput:
+    def execute(cls, model, cards, timeout=0, address="") -> io.NodeOutput:
         check_model("Helios Multi-GPU", model)
-        found = find_cards(cards, model)
+        address = address.strip()
+        if address:
+            check_address(address)
+        found = find_cards(cards, model, address)
         notes = Notes(cls.hidden.unique_id)
         if warning := loading_warning(model, cards):
             notes.warn(warning)
-        return io.NodeOutput(on_several_cards(model, found, timeout))
+        return io.NodeOutput(on_several_cards(model, found, timeout, address))
 
 
 NODES = [HeliosMultiGPU]

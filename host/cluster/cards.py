@@ -18,10 +18,11 @@ GB = 1e9
 ON_CPU = "HELIOS_MULTI_GPU_ON_CPU"  # in the environment, for tests: workers without cards
 
 
-def find_cards(count: int, patcher: Any) -> tuple[str | None, ...]:
+def find_cards(count: int, patcher: Any, address: str = "") -> tuple[str | None, ...]:
     """The first so many, as CUDA_VISIBLE_DEVICES names them; None for each where tests run without.
 
-    Raises ValueError where there are fewer, or where they could not talk to each other.
+    Of a Ray cluster at an address they have no names here. Raises ValueError where there are fewer, or where they could
+    not talk to each other.
     """
     heads = patcher.model.diffusion_model.config.num_attention_heads
     if count > heads:
@@ -29,15 +30,20 @@ def find_cards(count: int, patcher: Any) -> tuple[str | None, ...]:
     if os.environ.get(ON_CPU) == "1":
         return (None,) * count
     device = comfy.model_management.get_torch_device()
+    if address and device.type != "cuda":
+        raise ValueError("Helios Multi-GPU needs an NVIDIA card in the machine of ComfyUI, too, which has none.")
+    if not (dist.is_available() and dist.is_nccl_available()):
+        raise ValueError("Helios Multi-GPU needs NCCL, which this PyTorch is without: it is there on Linux only.")
+    if address:
+        return ("",) * count
     there = torch.cuda.device_count() if device.type == "cuda" else 0
     if there < count:
         raise ValueError(
             f"Helios Multi-GPU is set to {count} cards, and ComfyUI sees {there} on this machine. Take the node "
             "out, or set it to as many as there are; --cuda-device and CUDA_VISIBLE_DEVICES hide cards."
         )
-    if not (dist.is_available() and dist.is_nccl_available()):
-        raise ValueError("Helios Multi-GPU needs NCCL, which this PyTorch is without: it is there on Linux only.")
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = os.environ.get("HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES", "")
+    visible = [name.strip() for name in names.split(",") if name.strip()]
     return tuple((visible or [str(i) for i in range(there)])[:count])
 
 

@@ -22,11 +22,13 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print goes to the log
     settings = json.loads(requests.readline())
     sys.path[0] = settings["comfyui"]  # in place of this file's folder
-    arguments = importlib.import_module("comfy.cli_args").args
-    vars(arguments).update(settings["arguments"])
+    command_line = importlib.import_module("comfy.cli_args")
+    vars(command_line.args).update(settings["arguments"])
+    command_line.args.fast = {command_line.PerformanceFeature(feature) for feature in command_line.args.fast}
     pack = ModuleType(PACK)
     pack.__path__ = [str(Path(__file__).resolve().parents[2])]
     sys.modules[PACK] = pack
+    importlib.import_module(f"{PACK}.host.cluster.version").check_version(settings["version"])
     worker = importlib.import_module(f"{PACK}.host.cluster.worker")
     worker.serve(settings["job"], requests, answers)
 

@@ -1,19 +1,19 @@
-"""LoRA patches of a MODEL, for processes that have its weights but not its LoRAs: in one safetensors file."""
+"""LoRA patches of a MODEL, for processes that have its weights but not its LoRAs: tensors in a safetensors file."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from comfy.weight_adapter import WeightAdapterBase, adapters
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-KEY = "patches"  # in the file's metadata
+KEPT_FILES = 2  # on each machine, of those used last
+Encoded = dict[str, list[list[Any]]]  # patches in JSON, with the numbers of their tensors
 ADAPTERS = {adapter.__name__: adapter for adapter in adapters}
 REFUSED = (
     "Helios Multi-GPU cannot take {what} to its cards. Take out the node that put it on the model, or Helios Multi-GPU."
@@ -31,7 +31,8 @@ def check_patches(patches: Mapping[str, Any]) -> None:
             _encoded(value, {})
 
 
-def write_patches(path: Path, patches: Mapping[str, Any]) -> None:
+def write_patches(folder: Path, patches: Mapping[str, Any]) -> tuple[Path | None, Encoded]:
+    """The file with the tensors, named by what is in it, and the rest. Another strength is the same file."""
     tensors: dict[str, Tensor] = {}
     encoded = {
         key: [
@@ -39,15 +40,22 @@ def write_patches(path: Path, patches: Mapping[str, Any]) -> None:
         ]
         for key, entries in patches.items()
     }
+    if not tensors:
+        return None, encoded
     whole = {name: x.cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    save_file(whole, path, {KEY: json.dumps(encoded)})
+    content = hashlib.sha256()
+    for name, x in whole.items():
+        content.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        content.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    file = folder / f"{content.hexdigest()}.safetensors"
+    if not file.exists():
+        save_file(whole, file)
+    return file, encoded
 
 
-def read_patches(path: Path) -> dict[str, Any]:
+def read_patches(file: Path | None, encoded: Encoded) -> dict[str, Any]:
     """As a host's patcher has them. The tensors stay in the file until they are used."""
-    with safe_open(path, "pt") as file:
-        encoded = json.loads(file.metadata()[KEY])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors: dict[str, Tensor] = {} if file is None else load_file(file)
     return {
         key: [
             (strength, _decoded(value, tensors), of_model, None if offset is None else tuple(offset), None)
@@ -55,6 +63,13 @@ def read_patches(path: Path) -> dict[str, Any]:
         ]
         for key, entries in encoded.items()
     }
+
+
+def keep_files(folder: Path, kept: Collection[str]) -> None:
+    """Remove the other files of patches. Several workers of a machine do so at a time."""
+    for file in folder.glob("*.safetensors"):
+        if file.name not in kept:
+            file.unlink(missing_ok=True)
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:

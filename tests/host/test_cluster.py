@@ -5,29 +5,36 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management
-import comfy.sd
 import comfy_extras.nodes_model_merging
 import pytest
 import torch
+from comfy.cli_args import PerformanceFeature, args
 
 from comfyui_helios.helios_core.schedule import BASE
-from comfyui_helios.host.cluster import workers as subject
+from comfyui_helios.host.cluster import local as subject
+from comfyui_helios.host.cluster import workers as group
+from comfyui_helios.host.cluster.processes import last_error
 from comfyui_helios.host.cluster.remote_model import on_several_cards
-from comfyui_helios.host.cluster.workers import WorkerError, last_error
+from comfyui_helios.host.cluster.version import digest
+from comfyui_helios.host.cluster.workers import WorkerError, Workers
 from comfyui_helios.host.model.compiled import compile_blocks
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.offload_patcher import Offloading
+from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.nodes.cluster import HeliosMultiGPU
 from harness.errors import difference
-from support.runs import QUICK, make_distilled, run_node, sample
+from support.cluster import ON_CPU, gone, video, with_lora
+from support.runs import make_distilled, run_node
 from support.videos import TOLERANCE
 
-ON_CPU = (None, None)
 GUIDED = replace(BASE, steps=(2,), guidance_scale=2.0)
 
 
@@ -47,34 +54,8 @@ def remote(plain):
     comfy.model_management.unload_all_models()
 
 
-def video(model, schedule=QUICK, **more):
-    return sample(model, schedule, chunks=2, **more)["samples"]
-
-
 def processes(model):
-    return model.model.diffusion_model.workers.processes
-
-
-def lora(model):
-    rng = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, parameter in model.model.diffusion_model.named_parameters():
-        if name.endswith(("to_q.weight", "proj.weight")) and parameter.ndim == 2:
-            for side, shape in (("A", (4, parameter.shape[1])), ("B", (parameter.shape[0], 4))):
-                key = f"diffusion_model.{name.removesuffix('.weight')}.lora_{side}.weight"
-                weights[key] = 0.2 * torch.randn(shape, generator=rng)
-    return weights
-
-
-def with_lora(model):
-    return comfy.sd.load_lora_for_models(model, None, lora(model), 0.8, 0)[0]
-
-
-def gone(pid):
-    try:
-        return "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return True
+    return model.model.diffusion_model.workers.group.processes
 
 
 def listening(pids):
@@ -130,7 +111,7 @@ def test_loras_travel_and_offloading_is_done_by_the_workers(folder, plain):
     before = on_several_cards(with_lora(offloaded), ON_CPU)
     assert difference(video(before), expected) <= TOLERANCE
     pids = [process.pid for process in processes(before)]
-    del before
+    del before, offloaded
     gc.collect()
     comfy.model_management.cleanup_models()
     small = load_model(folder, "fp8_e4m3fn")
@@ -144,13 +125,79 @@ def test_loras_travel_and_offloading_is_done_by_the_workers(folder, plain):
     assert all(map(gone, pids)) and not files.exists() and after.loaded_size() == 0
 
 
+def test_other_loras_are_for_the_same_workers(plain, remote):
+    """In front of the node and behind it; of a LoRA each machine has the tensors once, and of two at a time."""
+    video(remote)
+    before = [process.pid for process in processes(remote)]
+    workers = remote.model.diffusion_model.workers
+    for strength, seed, files in ((0.8, 0, 1), (0.4, 0, 1), (0.8, 1, 2), (0.8, 2, 2)):
+        patched = with_lora(plain, strength, seed)
+        model = on_several_cards(patched, ON_CPU, patience=100 + seed) if seed else with_lora(remote, strength, seed)
+        assert difference(video(model), video(patched)) <= TOLERANCE
+        assert workers.patience == 100 + seed or not seed
+        assert len(list(Path(workers.folder.name).glob("*.safetensors"))) == files
+    assert difference(video(remote), video(plain)) <= TOLERANCE
+    assert [process.pid for process in processes(remote)] == before
+
+
+def test_workers_that_were_started_anew_within_a_run_are_given_prompts_again(monkeypatch, plain, remote):
+    """As where decoding a chunk takes the model's place."""
+    expected, denoise = video(plain), HeliosGuider.denoise
+
+    def unloading(self, on_chunk, *args, **more):
+        def take(chunk):
+            on_chunk(chunk)
+            comfy.model_management.unload_all_models()
+
+        return denoise(self, take, before_chunk=lambda position: self.load_again())
+
+    monkeypatch.setattr(HeliosGuider, "denoise", unloading)
+    assert difference(video(remote), expected) <= TOLERANCE
+
+
+def test_another_version_of_the_pack_is_told(monkeypatch, tmp_path, plain):
+    """A folder with a space and an umlaut, and --fast, are none of its troubles."""
+    folder = tmp_path / "ein schöner Ordner"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(group, "VERSION", "another")
+    with pytest.raises(WorkerError, match="is not the version that this ComfyUI runs. Restart ComfyUI if"):
+        video(on_several_cards(plain, ON_CPU, patience=5))
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(args, "fast", {PerformanceFeature.AutoTune})
+    assert difference(video(on_several_cards(plain, ON_CPU, patience=60)), video(plain)) <= TOLERANCE
+
+
+def test_a_version_is_that_of_the_sources(tmp_path):
+    for name in ("helios_core/a.py", "host/model/b.py", "nodes/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    before = digest(tmp_path)
+    (tmp_path / "nodes" / "c.py").write_text("what workers do not run")
+    assert digest(tmp_path) == before
+    (tmp_path / "host" / "model" / "b.py").write_text("other")
+    assert digest(tmp_path) != before
+
+
+def test_workers_that_are_ended_while_they_are_asked_say_why(remote):
+    video(remote)
+    workers = remote.model.diffusion_model.workers
+    threading.Timer(0.5, workers.close).start()
+    os.kill(processes(remote)[0].pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match="were ended while they were at work"):
+        remote.model.diffusion_model.prepare_text(torch.zeros(1, 8, 32))
+    with pytest.raises(WorkerError, match="were ended while they were at work"):
+        workers.ask({"do": "flow"}, {})
+
+
 def test_a_killed_worker_is_told_and_the_next_run_goes_well(plain, remote):
     expected = video(remote)
     first, second = processes(remote)
     began = time.monotonic()
     second.kill()
     with pytest.raises(WorkerError, match=r"worker 2 of 2 has ended: it was killed \(SIGKILL\)"):
-        remote.model.diffusion_model.workers.ask({"do": "flow"}, {})
+        remote.model.diffusion_model.prepare_text(torch.zeros(1, 8, 32))
     assert time.monotonic() - began < 10
     assert gone(first.pid) and gone(second.pid)
     assert torch.equal(video(remote), expected)
@@ -179,7 +226,7 @@ def test_what_fails_in_a_worker_is_told(plain, caplog):
 
 
 def test_patience_grows_with_the_slowest_step(remote):
-    workers = object.__new__(subject.Workers)
+    workers = object.__new__(Workers)
     for slowest, asked, expected in ((0.0, 0.0, 600.0), (1.0, 0.0, 60.0), (30.0, 0.0, 300.0), (30.0, 7.0, 7.0)):
         workers.slowest, workers.job = slowest, replace(remote.job, patience=asked)
         assert workers.patience == expected
@@ -214,11 +261,14 @@ KEY = "diffusion_model.proj_out.weight"
 
 
 def test_compiled_and_merged_models_are_refused(plain):
-    merged = comfy_extras.nodes_model_merging.ModelMergeSimple().merge(plain, plain, 0.5)[0]
+    merge = comfy_extras.nodes_model_merging.ModelMergeSimple().merge
+    merged = merge(plain, plain, 0.5)[0]
     compiled = compile_blocks(plain, "eager", "default", None)
     for model, message in ((merged, "a merged model's weights"), (compiled, "compiled code")):
         with pytest.raises(ValueError, match=f"cannot take {message}"):
             video(on_several_cards(model, ON_CPU))
+    with pytest.raises(ValueError, match="Take Helios Multi-GPU out to merge a model"):
+        merge(plain, on_several_cards(plain, ON_CPU), 0.5)
 
 
 def test_without_cards_the_node_says_so(monkeypatch, plain):
@@ -250,10 +300,18 @@ def test_weights_that_every_worker_converts_are_told(monkeypatch, folder, plain,
         assert [("each of 2 workers converts" in text, node) for text, node in shown] == [(True, "5")] * told
 
 
+def test_a_video_too_small_for_its_cards_is_told_before_they_are_asked(monkeypatch, plain):
+    network = on_several_cards(plain, ON_CPU).model.diffusion_model
+    monkeypatch.setattr(network, "workers", SimpleNamespace(degree=40))
+    with pytest.raises(ValueError, match="36 tokens of a chunk are too few for 40"):
+        network._flow(torch.zeros(1, 16, 9, 4, 4), torch.zeros(1), None, None, {})
+
+
 def test_the_last_error_of_a_log_is_found():
     for text, expected in (
         ("", "it said nothing"),
         ("starting\nloading\n", "loading"),
         ("Traceback\n[rank1]: torch.OutOfMemoryError: CUDA out of memory.\nW1 Warning: not destroyed\n", "torch.OutOf"),
+        ("ValueError: too long\nException ignored in: <function Store.__del__>\n", "ValueError: too long"),
     ):
         assert last_error(text.splitlines()).startswith(expected)
