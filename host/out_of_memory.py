@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import comfy.model_management
-import psutil  # type: ignore[import-untyped]  # comes with ComfyUI
+import psutil  # type: ignore[import-untyped]
 import torch
 
 GIB = 1024**3

@@ -16,6 +16,7 @@ import comfy.model_management
 from comfy.cli_args import args
 from torch import Tensor
 
+from ..out_of_memory import CURE, RAN_OUT, ran_out
 from ..printable import printable_log
 from .local import LocalProcesses
 from .patches import KEPT_FILES, keep_files, write_patches
@@ -168,7 +169,7 @@ class Workers:
                     raise WorkerError(self._hung(waiting, limit)) from None
                 continue
             if isinstance(answer, Ended):
-                raise WorkerError(self._died(rank, answer) if self.close.alive else CLOSED)
+                raise self._died(rank, answer) if self.close.alive else WorkerError(CLOSED)
             waiting.discard(rank)
             if rank == 0:
                 first = answer[1]
@@ -181,17 +182,20 @@ class Workers:
             "them again. If a step does take as long, set timeout to more."
         )
 
-    def _died(self, rank: int | None, how: Ended) -> str:
+    def _died(self, rank: int | None, how: Ended) -> RuntimeError:
         if rank is None:
-            return f"Helios Multi-GPU: {how.log}"
+            return WorkerError(f"Helios Multi-GPU: {how.log}")
         lines = [line for line in how.log.splitlines() if line.strip()]
-        log.error("Helios Multi-GPU: the log of %s ends in\n%s", self._name(rank), "\n".join(lines[-LAST_LINES:]))
+        name, end = f"Helios Multi-GPU: {self._name(rank)}", "\n".join(lines[-LAST_LINES:])
+        log.error("Helios Multi-GPU: the log of %s ends in\n%s", self._name(rank), end)
+        if RAN_OUT.search(end):
+            return ran_out(name, end, f"{CURE} {AGAIN}")
         said = last_error(lines)
         if how.code is not None and how.code < 0:
             said = f"it was killed ({signal.Signals(-how.code).name})"
             if how.code == -signal.SIGKILL:
                 said += ", as Linux does where the computer's memory runs out"
-        return f"Helios Multi-GPU: {self._name(rank)} has ended: {said}. {AGAIN}"
+        return WorkerError(f"{name} has ended: {said}. {AGAIN}")
 
     def _name(self, rank: int) -> str:
         where = self.group.where(rank)

@@ -43,10 +43,10 @@ def info(host):
 @pytest.fixture(autouse=True)
 def no_workers_of_other_graphs(host):
     """The server lets go of another graph's model up to ten seconds after its run."""
-    host.post("/free", {"unload_models": True, "free_memory": True})
     deadline = time.monotonic() + 60
     while workers(host) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        host.post("/free", {"unload_models": True, "free_memory": True})  # it hears of it only where it waits
+        time.sleep(0.5)
     assert workers(host) == []
 
 
