@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,16 @@ def table(lines: list[Line]) -> str:
                 said.append(row(f"{variant.title()}, {name}", kind))
         if len(own) > 1:
             said.append(row(f"{variant.title()}, other prompts", own, others=True))
-    wrong: dict[tuple[str, str], int] = {}
+    wrong: dict[str, Counter[str]] = {}
     for line in lines:
         for part in COLUMNS[:-1]:
             if line["found"][part] != line["wanted"][part]:
                 thing = f"{line['wanted']['motion']} of a {line['wanted']['shape']}" if part == "motion" else part
-                wrong[line["variant"], thing] = wrong.get((line["variant"], thing), 0) + 1
-    faults = [f"{variant.title()}: {thing} ({count})" for (variant, thing), count in sorted(wrong.items())]
+                wrong.setdefault(line["variant"], Counter())[thing] += 1
+    faults = [
+        f"| {variant.title()} | {', '.join(f'{thing} ({count})' for thing, count in things.most_common())} |"
+        for variant, things in sorted(wrong.items())
+    ]
     seams = {
         variant: ratios
         for variant in STEPS
@@ -94,7 +98,11 @@ def table(lines: list[Line]) -> str:
         [
             *said,
             "",
-            f"Wrong: {', '.join(faults) or 'nothing'}.",
+            *(
+                ["| | what was wrong, and in how many videos |", "|---|---|", *faults]
+                if faults
+                else ["Nothing was wrong."]
+            ),
             "",
             f"Frames differ at seams, as a multiple of what they do within chunks: {', '.join(jumps)}.",
             "",
