@@ -52,6 +52,7 @@ UNFOLDED = f"{INFO}, [data-testid='error-card-copy']"
 
 ONLY_GRAPH = "* { visibility: hidden } canvas, .dom-widget, .dom-widget * { visibility: visible !important }"
 
+FITS = 5  # tries to see the whole graph: a node still grows when its video comes
 GRAPH_BOX = """() => { const {scale, offset} = app.canvas.ds, canvas = app.canvas.canvas.getBoundingClientRect()
     const nodes = app.graph.nodes, title = 40, margin = 20
     const left = Math.min(...nodes.map(n => n.pos[0])) - margin
@@ -164,9 +165,14 @@ class Page:
     def picture(self, target: Path) -> None:
         """Screenshot of the graph without the page around it, as the suffix of `target` says (.jpg or .png)."""
         style = self.page.add_style_tag(content=ONLY_GRAPH)
-        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        self.page.wait_for_timeout(1000)  # the view glides there
-        x, y, width, height = self.page.evaluate(GRAPH_BOX)
+        view = self.page.viewport_size
+        assert view is not None
+        for _ in range(FITS):
+            self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+            self.page.wait_for_timeout(1000)  # the view glides there
+            x, y, width, height = self.page.evaluate(GRAPH_BOX)
+            if y + height <= view["height"]:
+                break
         self.page.screenshot(path=target, clip={"x": x, "y": y, "width": width, "height": height})
         style.evaluate("style => style.remove()")
 
