@@ -147,12 +147,10 @@ def of_chunks(latents, first, end):
 @pytest.fixture(scope="module")
 def steered(model, clip, tmp_path_factory):
     """(JSON beside the video, all latents) of a run that nothing has cut off."""
-    before, folder_paths.output_directory = folder_paths.output_directory, str(tmp_path_factory.mktemp("steered"))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_paths, "output_directory", str(tmp_path_factory.mktemp("steered")))
         video, latents, _ = stream(model, clip, Pages(ASKED))
         return script(video), latents
-    finally:
-        folder_paths.output_directory = before
 
 
 @pytest.mark.parametrize(("schedule", "batch"), [(QUICK, 1), (GUIDED, 2)], ids=["distilled", "guided batch"])
@@ -303,8 +301,7 @@ def test_what_is_written_has_its_name_once_it_is_whole_and_is_said_to_be_too_muc
     monkeypatch.setattr(Path, "replace", look)
     monkeypatch.setattr(prompt_turns, "MOST_CHANGES", 1)
     video, *_ = stream(model, clip, Pages(ASKED))
-    parts = [f"{video.stem}.json.part", "steered_00001_.json.part"]
-    assert seen == [(part, False, APPLIED) for part in parts]
+    assert seen == [(part, False, APPLIED) for part in (f"{video.stem}.json.part", "steered_00001_.json.part")]
     assert "`steered` does not take so many: 2 prompts of at most 1" in shown[-1][0]
 
 
