@@ -52,6 +52,8 @@ class LocalProcesses:
 
     def end(self) -> None:
         processes, self.processes = self.processes, []
+        for waiting in self.inputs:
+            waiting.put(None)
         for process in processes:
             assert process.stdin is not None
             process.stdin.close()  # which they take for their end

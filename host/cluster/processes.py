@@ -54,16 +54,16 @@ class Processes(Protocol):
         ...
 
 
-def start_writing(stream: Any) -> queue.SimpleQueue[bytes]:
-    """What is put there is written, in this order, until whoever reads the stream is gone."""
-    waiting: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+def start_writing(stream: Any) -> queue.SimpleQueue[bytes | None]:
+    """What is put there is written, in this order, until None is put, or whoever reads the stream is gone."""
+    waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_write, args=(stream, waiting), daemon=True).start()
     return waiting
 
 
-def _write(stream: Any, waiting: queue.SimpleQueue[bytes]) -> None:
-    while True:
-        rest = memoryview(waiting.get())
+def _write(stream: Any, waiting: queue.SimpleQueue[bytes | None]) -> None:
+    while (message := waiting.get()) is not None:
+        rest = memoryview(message)
         try:
             while rest:
                 rest = rest[stream.write(rest) :]

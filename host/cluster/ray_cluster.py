@@ -96,6 +96,7 @@ class RayProcesses:
         self._request(message, file=None)
 
     def end(self) -> None:
+        self.requests.put(None)
         assert self.driver.stdin is not None
         self.driver.stdin.close()  # which it takes for its end, and that of all workers
         try:

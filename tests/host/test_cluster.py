@@ -123,6 +123,10 @@ def test_loras_travel_and_offloading_is_done_by_the_workers(folder, plain):
     assert files.exists() and after.loaded_size() == after.model_size() == small.model_size()
     comfy.model_management.unload_all_models()
     assert all(map(gone, pids)) and not files.exists() and after.loaded_size() == 0
+    for thread in threading.enumerate():  # those that wrote to workers, of all groups so far
+        if thread.name.endswith("(_write)"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_other_loras_are_for_the_same_workers(plain, remote):
