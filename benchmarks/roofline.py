@@ -16,6 +16,7 @@ from itertools import chain, pairwise
 
 import paths  # noqa: F401
 from card import TERA, TEXT_LENGTH
+from fits import KEPT
 from measure import ROOT
 
 from helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, LATENT_CHANNELS, PATCH, TransformerConfig
@@ -191,6 +192,22 @@ def count_flops(operations: Iterable[Operation]) -> int:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A file of the network, by how many of its blocks have a byte for each value instead of two."""
+
+    name: str
+    quantised: int = 0
+
+    def block_bytes(self, config: TransformerConfig) -> int:
+        """What travels for each forward where the blocks are offloaded."""
+        return block_values(config) * (BYTES * config.num_layers - self.quantised)
+
+    def decoded(self, config: TransformerConfig) -> Operation:
+        """Before a forward multiplies: to bf16, then times the scale."""
+        return Operation(BETWEEN, 0, self.quantised * block_values(config) * (1 + 3 * BYTES))
+
+
+@dataclass(frozen=True)
 class Card:
     """By the maker's data sheet: dense bf16 with float32 sums, memory, and the bus to the host one way."""
 
@@ -207,21 +224,25 @@ class Card:
             times[each.kind] += max(each.flops / (self.matrix * TERA), each.bytes / (self.bandwidth * TERA))
         return {kind: took / (reach or {}).get(kind, 1.0) for kind, took in times.items()}
 
-    @property
-    def offloads(self) -> bool:
+    def offloads(self, weights: Weights) -> bool:
         """Whether the transformer, what it computes with and the VAE are more than the card has."""
-        return block_weights(CONFIG) / GIGA + BESIDE > self.memory
+        return weights.block_bytes(CONFIG) / GIGA + BESIDE > self.memory
 
 
 CONFIG = TransformerConfig()
+BF16, FP8_SCALED = Weights("bf16"), Weights("fp8_scaled", CONFIG.num_layers - 2 * KEPT)
 BESIDE = 4.0  # GB on the card beside the blocks
 BUS_REACH = 0.8  # of the data sheet by pinned copies; assumed
 CARDS = (
     Card("H200", 989, 4.8, 63, 141),
     Card("H100 SXM", 989, 3.35, 63, 80),
     Card("A100 80 GB SXM", 312, 2.04, 31.5, 80),
+    Card("RTX 5090", 209, 1.79, 63, 32),
     Card("RTX 4090", 165, 1.01, 31.5, 24),
     Card("RTX 3090", 71, 0.94, 31.5, 24),
+    Card("RTX 4080", 97, 0.72, 31.5, 16),
+    Card("RTX 4060 Ti 16 GB", 44, 0.29, 15.8, 16),
+    Card("RTX 3060 12 GB", 25, 0.36, 31.5, 12),
 )
 # Seconds on one H200, with fused kernels: of stage 2's forward in the profile, and of decoding.
 MEASURED = {PRODUCTS: 0.3544, ATTENTION: 0.1990, BETWEEN: 0.0370, CONVOLUTIONS: 0.4226}
@@ -230,10 +251,10 @@ MEASURED_WHOLE |= {"chunk_111": 0.9211, "chunk_222": 1.837, "decode": 0.4226}
 STEPS = {"111": (1, 1, 1), "222": (2, 2, 2)}
 
 
-def block_weights(config: TransformerConfig) -> int:
-    """Bytes that travel for each forward where the blocks are offloaded."""
+def block_values(config: TransformerConfig) -> int:
+    """Of the matrices of one block."""
     width = config.inner_dim
-    return BYTES * config.num_layers * (8 * width**2 + 2 * width * config.ffn_dim)
+    return 8 * width**2 + 2 * width * config.ffn_dim
 
 
 def reached() -> dict[str, float]:
@@ -243,21 +264,24 @@ def reached() -> dict[str, float]:
     return {kind: floor[kind] / took for kind, took in MEASURED.items()}
 
 
-def chunk_seconds(card: Card, steps: Iterable[int], reach: dict[str, float] | None = None) -> float:
+def chunk_seconds(
+    card: Card, steps: Iterable[int], weights: Weights = BF16, reach: dict[str, float] | None = None
+) -> float:
     """Where the blocks do not fit each step waits for them to travel, and prompts are not prepared."""
-    if not card.offloads:
-        return sum(card.seconds(chunk(CONFIG, NATIVE, steps), reach).values())
-    travel = block_weights(CONFIG) / (card.bus * GIGA * (BUS_REACH if reach else 1.0))
+    offloads = card.offloads(weights)
+    travel = weights.block_bytes(CONFIG) / (card.bus * GIGA * (BUS_REACH if reach else 1.0)) if offloads else 0.0
+    before = [weights.decoded(CONFIG), *(prompt(CONFIG) if offloads else ())]
     took = sum(card.seconds(embedded_history(CONFIG, NATIVE), reach).values())
     for stage, count in enumerate(steps):
-        computed = sum(card.seconds(chain(prompt(CONFIG), step(CONFIG, NATIVE, stage)), reach).values())
+        computed = sum(card.seconds(chain(before, step(CONFIG, NATIVE, stage)), reach).values())
         took += count * max(computed, travel)
     return took
 
 
-def fps(card: Card, steps: Iterable[int], reach: dict[str, float] | None = None) -> float:
+def fps(card: Card, steps: Iterable[int], weights: Weights = BF16, reach: dict[str, float] | None = None) -> float:
     """Each chunk denoised and then decoded: beside each other they gain nothing."""
-    return CHUNK_FRAMES / (chunk_seconds(card, steps, reach) + sum(card.seconds(decoding(NATIVE), reach).values()))
+    decoded = sum(card.seconds(decoding(NATIVE), reach).values())
+    return CHUNK_FRAMES / (chunk_seconds(card, steps, weights, reach) + decoded)
 
 
 DOCUMENT = """\
@@ -271,9 +295,10 @@ memory's, whichever is longer, and nothing else takes time. *Expected* is the fl
 reached: {shares}. Other cards reach other shares, in
 decoding most of all, and older ones may have no attention kernel as good: take it for the order of magnitude.
 
-Where the {weights:.0f} GB of blocks do not fit beside the rest they are offloaded to the host's memory, and a step
-takes at least as long as they travel, at {bus:.0%} of the bus (assumed). A scaled fp8 file, which fits a card of 24 GB
-whole, is not computed here. A cell has the floor, then what is expected.
+Where a file's blocks ({bf16:.0f} GB in bf16, {fp8:.0f} in fp8_scaled) do not fit beside the rest they are offloaded to
+the host's memory, and a step takes at least as long as they travel, at {bus:.0%} of the bus (assumed). Those of
+fp8_scaled are decoded to bf16 in each forward; multiplying in fp8, as newer ComfyUI does on RTX 40, RTX 50 and H100, is
+not computed. A cell has the floor, then what is expected.
 
 {expected}
 
@@ -295,7 +320,8 @@ def document() -> str:
     reach = reached()
     return DOCUMENT.format(
         shares=", ".join(f"{name} {reach[kind]:.0%}" for kind, name in NAMES.items()),
-        weights=block_weights(CONFIG) / GIGA,
+        bf16=BF16.block_bytes(CONFIG) / GIGA,
+        fp8=FP8_SCALED.block_bytes(CONFIG) / GIGA,
         bus=BUS_REACH,
         expected="\n".join(_expected(reach)),
         measured="\n".join(_beside_measured(reach)),
@@ -304,16 +330,17 @@ def document() -> str:
 
 
 def _expected(reach: dict[str, float]) -> Iterator[str]:
-    yield "| card | TFLOP/s | TB/s | bus GB/s | blocks | chunk at 1,1,1 | FPS | chunk at 2,2,2 | FPS |"
-    yield "|---|---:|---:|---:|---|---:|---:|---:|---:|"
+    yield "| card | TFLOP/s | TB/s | bus GB/s | file | blocks | chunk at 1,1,1 | FPS | chunk at 2,2,2 | FPS |"
+    yield "|---|---:|---:|---:|---|---|---:|---:|---:|---:|"
     for card in CARDS:
-        cells = [card.name, f"{card.matrix}", f"{card.bandwidth}", f"{card.bus}"]
-        cells.append("offloaded" if card.offloads else "on the card")
-        for steps in STEPS.values():
-            times = [chunk_seconds(card, steps, each) for each in (None, reach)]
-            rates = [fps(card, steps, each) for each in (None, reach)]
-            cells += [f"{times[0]:.2f} s, {times[1]:.2f} s", f"{rates[0]:.1f}, **{rates[1]:.1f}**"]
-        yield f"| {' | '.join(cells)} |"
+        for weights in (BF16, FP8_SCALED) if card.offloads(BF16) else (BF16,):
+            cells = [card.name, f"{card.matrix}", f"{card.bandwidth}", f"{card.bus}", weights.name]
+            cells.append("offloaded" if card.offloads(weights) else "on the card")
+            for steps in STEPS.values():
+                times = [chunk_seconds(card, steps, weights, each) for each in (None, reach)]
+                rates = [fps(card, steps, weights, each) for each in (None, reach)]
+                cells += [f"{times[0]:.2f} s, {times[1]:.2f} s", f"{rates[0]:.1f}, **{rates[1]:.1f}**"]
+            yield f"| {' | '.join(cells)} |"
 
 
 def _beside_measured(reach: dict[str, float]) -> Iterator[str]:

@@ -65,10 +65,20 @@ def test_decoding_takes_the_counted_flops(roofline, size, dim):
         assert model / 1e12 == pytest.approx(OF_DECODING, rel=1e-3)
 
 
-def test_weights_that_travel_are_the_blocks_matrices(roofline):
-    network = HeliosTransformer(roofline.CONFIG, dtype=torch.bfloat16, device="meta")
-    matrices = sum(parameter.nbytes for parameter in network.blocks.parameters() if parameter.ndim == 2)
-    assert roofline.block_weights(roofline.CONFIG) == matrices
+@pytest.mark.parametrize("file", ["bf16", "fp8_scaled"])
+def test_weights_that_travel_are_the_blocks_matrices(roofline, file):
+    import fits
+
+    blocks = fits.network(fits.FORMATS[file]).blocks
+    weights = next(each for each in (roofline.BF16, roofline.FP8_SCALED) if each.name == file)
+    assert weights.block_bytes(roofline.CONFIG) == sum(each.nbytes for each in blocks.parameters() if each.ndim == 2)
+
+
+def test_a_byte_a_value_travels_sooner_but_has_to_be_decoded(roofline):
+    bf16, fp8 = roofline.BF16, roofline.FP8_SCALED
+    slow_bus, slow_memory = roofline.Card("", 1000, 100, 1, 12), roofline.Card("", 100, 1, 1, 100)
+    for card, quicker in ((slow_bus, fp8), (slow_memory, bf16)):
+        assert min((bf16, fp8), key=lambda weights: roofline.chunk_seconds(card, (1, 1, 1), weights)) is quicker
 
 
 def test_a_slow_bus_is_waited_for(roofline):
@@ -77,7 +87,7 @@ def test_a_slow_bus_is_waited_for(roofline):
     slow = roofline.Card("", 100, 1, 1, 20)
     times = [roofline.chunk_seconds(card, (1, 1, 1)) for card in (resident, offloaded, slow)]
     assert times == sorted(times)
-    assert times[2] == pytest.approx(3 * roofline.block_weights(roofline.CONFIG) / 1e9, rel=0.01)
+    assert times[2] == pytest.approx(3 * roofline.BF16.block_bytes(roofline.CONFIG) / 1e9, rel=0.01)
 
 
 def test_the_table_is_that_of_the_program(roofline):
