@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import re
 import sys
 from typing import Any
 
@@ -11,6 +11,8 @@ from .printable import printable_log
 
 log = printable_log(__name__)
 
+WORD_JOINER = "\N{WORD JOINER}"  # which nobody sees
+NOTHING = WORD_JOINER  # takes a message back, also in web/helios_notes.js: newer pages (1.58) pass over an empty one
 
 _shown: set[str] = set()  # nodes that show a message
 
@@ -53,7 +55,7 @@ def tell(message: str, node_id: str | None) -> None:
     """In a running server, write a message onto the node, as the text it is."""
     instance = running_server()
     if instance is not None and node_id is not None:
-        instance.send_progress_text(_as_html(printable(message)), node_id)
+        instance.send_progress_text(_as_text(printable(message)) or NOTHING, node_id)
 
 
 def running_server() -> Any | None:
@@ -61,6 +63,7 @@ def running_server() -> Any | None:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def _as_html(message: str) -> str:
-    """What shows as this text: the page puts it into its HTML, with `[[label|address]]` made a link on the way."""
-    return html.escape(message).replace("[", "&#91;").replace("__LNK", "&#95;_LNK")  # its own mark for such a link
+def _as_text(message: str) -> str:
+    """What shows as this text in every page: older ones (1.32, 1.49) put it into their HTML, newer ones (1.58) do not,
+    and both make a link of `[[label|address]]`, with a mark of their own on the way."""
+    return re.sub(r"[<&[]|_(?=_LNK)", rf"\g<0>{WORD_JOINER}", message)

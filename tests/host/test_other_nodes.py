@@ -23,6 +23,7 @@ from comfy_extras.nodes_tomesd import TomePatchModel
 
 import nodes
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
+from comfyui_helios.host import messages
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.network import HeliosNetwork
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
@@ -274,4 +275,4 @@ def test_a_trim_that_cannot_be_is_told(model, parts, shown):
     assert len(images) == 66
     assert "Not trimmed: the LATENT does not say how many frames were asked for" in shown[0][0]
     run_node(HeliosChunkedVAEDecode, latent, parts.vae, False, unique_id="loaded")
-    assert shown[-1][0] == ""
+    assert shown[-1][0] == messages.NOTHING

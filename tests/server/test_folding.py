@@ -7,7 +7,8 @@ from harness.small import FIRST_RUN, read_workflow
 
 pytestmark = pytest.mark.browser
 SHOWN = """type => { const node = app.graph.nodes.find(node => node.type === type)
-    return {names: node.widgets.filter(widget => node.isWidgetVisible(widget)).map(widget => widget.name),
+    const shown = widget => (node.isWidgetRowVisible ?? node.isWidgetVisible).call(node, widget)
+    return {names: node.widgets.filter(shown).map(widget => widget.name),
             height: node.size[1]} }"""
 TOGGLE = "type => app.graph.nodes.find(node => node.type === type).toggleAdvanced()"
 LINK = """name => { const node = app.graph.nodes.find(node => node.type === 'HeliosHistoryInjection')
