@@ -42,14 +42,15 @@ CHUNKS = 2  # the first warms up
 WANTED_VRAM, WANTED_HOST = 6.0, {True: 34.0, False: 8.0}  # GB of what is offloaded, from host memory or from disk
 
 
-def rows(case: str, file: Path, tiny: bool) -> Iterator[Row]:
-    """file: the random weights; written if it is not there."""
+def rows(case: str, file: Path, tiny: bool, size: tuple[int, int] | None = None) -> Iterator[Row]:
+    """file: the random weights; written if it is not there. size: of the video in latents, if not the usual one."""
     require("accelerate", "safetensors")
     from helios_core.offload import Offloader
 
     if not file.exists():
         write_weights(file, TransformerConfig(**(TINY if tiny else {})))
-    height, width = (8, 16) if tiny else (NATIVE_HEIGHT // SPATIAL_SCALE, NATIVE_WIDTH // SPATIAL_SCALE)
+    native = NATIVE_HEIGHT // SPATIAL_SCALE, NATIVE_WIDTH // SPATIAL_SCALE
+    height, width = size or ((8, 16) if tiny else native)
     schedule = replace(DISTILLED, steps=(2, 2, 2), amplify_first_chunk=False)
     torch.zeros(1, device=device())  # what a GPU takes of the host's memory from the start is no part of the case
     if device().type == "cuda":
