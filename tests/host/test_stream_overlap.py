@@ -77,6 +77,9 @@ def test_they_take_turns_where_both_do_not_fit(parts, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(comfy.model_management, "get_total_memory", lambda *args: 10_000)
         assert in_turns(parts, start)
+    with monkeypatch.context() as patch:  # as Apple's
+        patch.setattr(fit_together, "TWO_THREADS", ())
+        assert in_turns(parts, start)
     with monkeypatch.context() as patch:  # something else has taken the room since
         patch.setattr(comfy.model_management, "get_free_memory", lambda *args: 10_000)
         assert in_turns(parts, start)
