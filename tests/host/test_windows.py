@@ -9,9 +9,10 @@ import folder_paths
 import pytest
 import torch
 
+from comfyui_helios.helios_core import regular_file
 from comfyui_helios.host.stream import run_folder
 from comfyui_helios.host.stream.live_file import LiveFile
-from comfyui_helios.host.stream.mp4 import new_path, remove_old_videos
+from comfyui_helios.host.stream.mp4 import VideoFile, new_path, remove_old_videos
 from comfyui_helios.host.stream.plain_files import DAY
 from comfyui_helios.host.stream.run_folder import LOCKED_BYTE, InUse, claimed, tidy
 from support.streams import beginning, graph, make_parts, packets, stream_video, temporary_files
@@ -52,6 +53,14 @@ def test_a_video_is_written_and_nothing_else_stays(parts, live):
     assert len(set(temporary_files()) - before) == 1
 
 
+def test_a_new_video_that_a_virus_scanner_looks_at_is_waited_for(tmp_path, monkeypatch):
+    file = VideoFile(tmp_path, 24, 18, "8")
+    file.write(torch.rand(99, 64, 64, 3))
+    scanner = file.part.open("rb")
+    monkeypatch.setattr(regular_file.time, "sleep", lambda seconds: scanner.close())
+    assert file.finish().is_file()
+
+
 def test_somebody_who_still_watches_keeps_the_growing_file_and_nothing_else(tmp_path):
     file = LiveFile(tmp_path, 24, 18, "8")
     for frames in torch.rand(2, 33, 64, 64, 3):
@@ -76,12 +85,14 @@ def test_a_run_folder_is_for_one_is_cleaned_of_what_nobody_reads_and_goes_where_
     assert not folder.exists()
 
 
-def test_a_run_that_was_cut_off_goes_on(parts, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_over_a_damaged_chunk_that_somebody_reads(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     resume = {"resume": True, "prompt": graph(), "unique_id": "5"}
     [whole], _ = stream_video(parts, beginning(99), **resume)
     [run] = (tmp_path / "helios_resume").iterdir()
-    (run / "chunk_00002.safetensors").unlink()
+    (run / "chunk_00002.safetensors").write_bytes(b"damaged")
+    reader = (run / "chunk_00002.safetensors").open("rb")
+    monkeypatch.setattr(regular_file.time, "sleep", lambda seconds: reader.close())
     [resumed], _ = stream_video(parts, beginning(99), **resume)
     assert packets(resumed.get_stream_source()) == packets(whole.get_stream_source())
 
