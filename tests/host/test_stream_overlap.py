@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from comfyui_helios.host.stream import fit_together
+from comfyui_helios.host.stream.background import Background
 from comfyui_helios.host.stream.mp4 import VideoFile
 from support.streams import Parts, beginning, make_parts, stream_video, watched
 
@@ -60,6 +61,15 @@ def test_otherwise_it_is_only_encoded_then(parts, monkeypatch):
     threads.clear()
     assert in_turns(parts, start, overlap_decode="off")
     assert set(threads) == {threading.main_thread()}
+
+
+def test_a_card_that_the_host_does_not_use_is_left_alone(monkeypatch):
+    """As with --cpu, for somebody whose card is busy."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: pytest.fail("used"))
+    with Background() as background:
+        background.start(lambda: None)
+        background.wait()
 
 
 def in_turns(parts, start, **settings):

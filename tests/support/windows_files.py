@@ -28,7 +28,7 @@ def windows_files() -> Iterator[None]:
 def refusing(function: Callable[..., None], paths: int) -> Callable[..., None]:
     def checked(*args: Any, **kwargs: Any) -> None:
         for path in args[:paths]:
-            if not kwargs and is_held(path):
+            if not kwargs and is_held(path):  # with them it is a name in an open folder
                 raise PermissionError(errno.EACCES, "The file is used by another process", str(path))
         function(*args, **kwargs)
 
