@@ -145,6 +145,7 @@ lint: $(ENVIRONMENT)
 	$(BIN)/ruff format --check .
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/comfyui_helios
 	MYPYPATH=build/typing $(BIN)/mypy -p comfyui_helios.helios_core -p comfyui_helios.nodes -p comfyui_helios.host
+	MYPYPATH=build/typing $(BIN)/mypy --platform win32 --cache-dir build/mypy-windows -p comfyui_helios.helios_core -p comfyui_helios.host
 	cd scripts && $(TYPES) $$(find . -name "*.py")
 	cd benchmarks && $(TYPES) *.py
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRITON_CAPABILITY = (7, 0)  # the least compute capability that Triton is made for
+
 
 def modulated_norm(x: Tensor, shift: Modulation, scale: Modulation, eps: float) -> Tensor:
     """LayerNorm in float32 without weights, then x * (1 + scale) + shift; (B, S, D) in x's dtype."""
@@ -80,6 +82,9 @@ def fused_where_possible(x: Tensor) -> ModuleType:
 @cache
 def _fused(device: torch.device) -> ModuleType | None:
     """The kernels, if Triton is here, knows this device, and finds the compiler it builds its launchers with."""
+    if device.type == "cuda" and (reason := _untried(device)):  # where Triton may end the process
+        logger.info("Without fused kernels: %s", reason)
+        return None
     try:
         from triton.runtime.errors import TritonError
 
@@ -89,9 +94,19 @@ def _fused(device: torch.device) -> ModuleType | None:
         return None
     try:
         fused.try_out(device)
-    except torch.OutOfMemoryError:  # which says nothing of the kernels
+    except torch.cuda.OutOfMemoryError:  # which says nothing of the kernels
         raise
     except (TritonError, ImportError, AttributeError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         logger.warning("Without fused kernels, which do not run on %s: %s", device, error)
         return None
     return fused
+
+
+def _untried(device: torch.device) -> str | None:
+    """What keeps a card from being one on which the kernels are known to run; None for those."""
+    if torch.version.hip:
+        return "on AMD cards they were never tried."
+    capability = torch.cuda.get_device_capability(device)
+    if capability < TRITON_CAPABILITY:
+        return f"Triton needs compute capability 7.0, and {device} has {capability[0]}.{capability[1]}."
+    return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +20,8 @@ from .offload_groups import Group, HostBuffer, Weight, block_lists, plan_groups,
 
 Level = Literal["block", "leaf"]
 
+# Devices that two threads may use at a time. Apple's ends the process, the others were never tried.
+TWO_THREADS = ("cpu", "cuda")
 KEEP_BELOW = 1 << 20  # bytes; groups smaller than this are not worth the trip
 
 Transform = Callable[[Tensor], Tensor]
@@ -118,7 +120,8 @@ class Offloader:
         if self.installed:
             return
         self.installed = True
-        self._worker = ThreadPoolExecutor(1, "helios-offload")
+        threaded = self.device.type in TWO_THREADS
+        self._worker: Executor = ThreadPoolExecutor(1, "helios-offload") if threaded else _AtOnce()
         self._successor = dict(zip(self.groups, self.groups[1:] + self.groups[:1], strict=True))
         self._current: Group | None = None
         try:
@@ -226,7 +229,7 @@ class Offloader:
 
     @torch.no_grad()
     def _copy(self, group: Group, slot: _Slot) -> None:
-        """On the worker's thread: a group's weights into a slot's buffer."""
+        """By the worker: a group's weights into a slot's buffer."""
         read_ahead(self._successor[group].in_buffer)
         if self._stream is None:
             self._fill(slot.buffer, group)
@@ -272,6 +275,18 @@ class Offloader:
             weight.own = weight.made_of(weight.views(host.bytes))
             weight.place(weight.own)
         group.host = host
+
+
+class _AtOnce(Executor):
+    """Works on the thread that asks, before it answers."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(function(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
+            done.set_exception(error)
+        return done
 
 
 class _GroupHook(ModelHook):

@@ -1,9 +1,11 @@
-"""Files as they lie on disk: opened without ever waiting, and known again when they have changed."""
+"""Files as they lie on disk: opened without ever waiting, known again when they have changed, and put in place."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+AGAIN_AFTER = (0.1, 0.4, 1.5, 3.0)  # s
 
 
 class CheckpointError(ValueError):
@@ -82,6 +85,20 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, FileFacts]]:
             yield stream, _facts(path, status)
     finally:
         os.close(handle)
+
+
+def put_in_place(part: Path, target: Path) -> None:
+    """Give a finished file its name, in place of what has it.
+
+    Windows refuses while a program has either of them open, as virus scanners have whatever is new: then again, for
+    some seconds.
+    """
+    for seconds in AGAIN_AFTER:
+        with contextlib.suppress(PermissionError):
+            os.replace(part, target)
+            return
+        time.sleep(seconds)
+    os.replace(part, target)
 
 
 def _facts(path: Path, status: os.stat_result) -> FileFacts:

@@ -84,11 +84,17 @@ def _map(source: FileFacts, start: int, length: int) -> mmap.mmap:
     with open_regular(source.path) as (stream, facts):
         if facts != source:
             raise CheckpointError(f"{source.path} has changed while it was read. Load it again.")
-        if sys.platform == "linux":
-            # Without NORESERVE Linux refuses maps larger than RAM and swap. Python 3.11 has no name for the flag.
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-            return mmap.mmap(stream.fileno(), length, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
-        return mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        try:
+            if sys.platform == "linux":
+                # Without NORESERVE Linux refuses maps larger than RAM and swap. Python 3.11 has no name for the flag.
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
+                return mmap.mmap(stream.fileno(), length, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+            return mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        except OSError as error:
+            raise CheckpointError(
+                f"{source.path} cannot be mapped into memory ({error.strerror}). On Windows its {length / 1e9:.1f} GB "
+                "count in full: make the paging file larger, or let Windows choose its size."
+            ) from error
 
 
 def _view(memory: mmap.mmap, stored: StoredTensor, start: int) -> Tensor:

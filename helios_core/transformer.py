@@ -146,9 +146,10 @@ class HeliosTransformer(nn.Module):
         if asked not in self._rope_tables:
             if len(self._rope_tables) == KEPT_ROPE_TABLES:
                 del self._rope_tables[next(iter(self._rope_tables))]
-            # Whatever mode asks first: an inference tensor would not serve all others.
+            # Whatever mode asks first: an inference tensor would not serve all others. On the CPU: the same for every
+            # device, and before torch 2.9 Apple's cannot average.
             with torch.inference_mode(False):
-                self._rope_tables[asked] = rope_table(*asked)
+                self._rope_tables[asked] = rope_table(*asked[:-1]).to(device)
         return self._rope_tables[asked]
 
     def _apply(self, *args: Any, **kwargs: Any) -> HeliosTransformer:

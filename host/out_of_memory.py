@@ -15,14 +15,15 @@ CURE = (
     "Make the video smaller (width, height, batch_size) or shorter, or switch group_offload on; the memory of Helios "
     "Stream Video does not grow with the length."
 )
-# The words of torch's allocators, of oneDNN and, in another process's log, of Python. A primitive *descriptor* that
-# cannot be made is another matter.
+# The words of torch's allocators, of oneDNN and, in another process's log, of Python; then of Apple's, Intel's and
+# DirectML's devices. A primitive *descriptor* that cannot be made is another matter.
 RAN_OUT = re.compile(
     r"DefaultCPUAllocator|out of memory|MemoryError|_ALLOC_FAILED"
-    r"|could not create a (primitive(?! desc)|memory object)",
+    r"|could not create a (primitive(?! desc)|memory object)"
+    r"|Invalid buffer size|_OUT_OF_(DEVICE_MEMORY|HOST_MEMORY|RESOURCES)|not enough GPU video memory",
     re.I,
 )
-ASKED = re.compile(r"tried to allocate (\d+ bytes|[\d.]+ \wi?B)", re.I)
+ASKED = re.compile(r"(?:tried to allocate|invalid buffer size:) (\d+ bytes|[\d.]+ \wi?B)", re.I)
 
 
 class OutOfMemory(comfy.model_management.OOM_EXCEPTION):
@@ -44,7 +45,7 @@ def memory_errors(what: str, cure: str = CURE) -> Iterator[None]:
     except OutOfMemory:
         raise
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not RAN_OUT.search(str(error)):
+        if not isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) and not RAN_OUT.search(str(error)):
             raise
         raise ran_out(what, str(error), cure) from error
 
@@ -54,6 +55,8 @@ def check_room(what: str, needed: float, device: torch.device, cure: str = CURE)
 
     On the CPU what is free counts, swap included; on a card all of it, since the host puts models out to make room.
     """
+    if device.type == "privateuseone":  # DirectML does not tell, and the host (0.3.75 to 0.33) answers 1 GiB for it
+        return
     if comfy.model_management.is_device_cpu(device):
         room, of = psutil.virtual_memory().available + psutil.swap_memory().free, "free"
     else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the Python of ComfyUI's portable build does not look
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from output_file import check_target, check_unused, replacing, run
 

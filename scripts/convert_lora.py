@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the Python of ComfyUI's portable build does not look
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from output_file import check_target, replacing, run
 

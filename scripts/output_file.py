@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from helios_core.regular_file import CheckpointError
+from helios_core.regular_file import CheckpointError, put_in_place
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -22,8 +23,17 @@ def check_target(target: Path, force: bool) -> None:
 
 def check_unused(file: Path, force: bool) -> None:
     """Raise CheckpointError where there is such a file; force: it may be there."""
-    if file.exists() and not force:
+    if not file.exists():
+        return
+    if not force:
         raise CheckpointError(f"{file} exists. Choose another name, or overwrite it with --force.")
+    try:
+        os.replace(file, file)  # does nothing, but on Windows, where another program has it open, it fails
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{file} cannot be overwritten ({error.strerror}): a program may have it open, as ComfyUI has the models "
+            "that it has loaded. End that, or choose another name."
+        ) from error
 
 
 @contextmanager
@@ -32,13 +42,15 @@ def replacing(target: Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield partial
-        os.replace(partial, target)
+        put_in_place(partial, target)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def run(convert: Callable[[], str]) -> int:
     """Convert and say what was made, or why nothing was; returns the program's exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which, into a file on Windows, takes few of the letters in names
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(convert())
     except (CheckpointError, OSError) as error:

@@ -33,7 +33,10 @@ def find_cards(count: int, patcher: Any, address: str = "") -> tuple[str | None,
     if address and device.type != "cuda":
         raise ValueError("Helios Multi-GPU needs an NVIDIA card in the machine of ComfyUI, too, which has none.")
     if not (dist.is_available() and dist.is_nccl_available()):
-        raise ValueError("Helios Multi-GPU needs NCCL, which this PyTorch is without: it is there on Linux only.")
+        raise ValueError(
+            "Helios Multi-GPU needs NCCL, which this PyTorch is without: it is there on Linux only, for NVIDIA and AMD "
+            "cards."
+        )
     if address:
         return ("",) * count
     there = torch.cuda.device_count() if device.type == "cuda" else 0

@@ -314,7 +314,7 @@ def has_token() -> bool:
     if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return True
     file = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    return os.path.isfile(file) and Path(file).read_text().strip() != ""
+    return os.path.isfile(file) and Path(file).read_text(encoding="utf-8").strip() != ""
 
 
 def answers(address: str) -> bool:

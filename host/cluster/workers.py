@@ -192,8 +192,9 @@ class Workers:
             return ran_out(name, end, f"{CURE} {AGAIN}")
         said = last_error(lines)
         if how.code is not None and how.code < 0:
-            said = f"it was killed ({signal.Signals(-how.code).name})"
-            if how.code == -signal.SIGKILL:
+            killed_by = signal.Signals(-how.code).name
+            said = f"it was killed ({killed_by})"
+            if killed_by == "SIGKILL":  # which Python knows by number only where it is
                 said += ", as Linux does where the computer's memory runs out"
         return WorkerError(f"{name} has ended: {said}. {AGAIN}")
 

@@ -13,13 +13,13 @@ import torch._dynamo.utils
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+from ...helios_core.elementwise import TRITON_CAPABILITY
 from ..compat import static_clone
 from ..messages import Notes
 from .base_model import HeliosModel
 
 TIMING_KEY = "helios_compile_time"
 COMPILERS = ("g++", "c++", "clang++", "cl", "icpx")
-TRITON_CAPABILITY = (7, 0)
 
 # All blocks share their compiled code: one graph for each stage, batch and size, and one more for the last block, which
 # leaves the history out. Torch's own limit of 8 is two sizes of a pyramid; beyond it, it runs eager without a word.
@@ -32,9 +32,11 @@ def why_not(device: torch.device, backend: str) -> str | None:
         return f"CUDA graphs need an NVIDIA GPU, and the model runs on {device.type}."
     if backend != "inductor":
         return None
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"compiling was never tried on {device.type}."
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (on Windows: pip install triton-windows)."
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed (on Windows: pip install triton-windows)."
         capability = torch.cuda.get_device_capability(device)
         if capability < TRITON_CAPABILITY:
             return f"Triton needs a GPU of compute capability 7.0, this one has {capability[0]}.{capability[1]}."

@@ -45,15 +45,19 @@ def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
     """
     if choice == "fp8_e4m3fn" and checkpoint.quantised:  # which it is already, where its maker wanted it
         choice = "auto"
+    management, device = comfy.model_management, comfy.model_management.get_torch_device()
+    if choice == "fp8_e4m3fn" and not management.supports_cast(device, DTYPES[choice]):
+        raise ValueError(f"dtype is fp8_e4m3fn, and {device.type} has no such numbers. Choose auto, bf16 or fp16.")
     if choice != "auto":
         return DTYPES[choice]
     parameters: Counter[torch.dtype] = Counter()
     for tensor in checkpoint.tensors.values():
         parameters[tensor.dtype] += math.prod(tensor.shape)
-    return comfy.model_management.unet_dtype(
+    stored = parameters.most_common(1)[0][0]
+    return management.unet_dtype(
         model_params=parameters.total(),
         supported_dtypes=SUPPORTED_DTYPES,
-        weight_dtype=None if checkpoint.quantised else parameters.most_common(1)[0][0],
+        weight_dtype=None if checkpoint.quantised or not management.supports_cast(device, stored) else stored,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..compat import Settings, quantised_formats, quantised_linear, quantised_ma
 
 # The oldest ComfyUI that was seen to compute with a format.
 SINCE = {"float8_e5m2": "0.24", "mxfp8": "0.24", "nvfp4": "0.24", "int8_tensorwise": "0.33"}
+HAVE_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4")  # as weights or as scales
 
 
 class InEitherMode(nn.Module):
@@ -39,9 +41,15 @@ class InEitherMode(nn.Module):
 
 
 def check_formats(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where this host cannot compute with a quantised layer."""
-    known = quantised_formats()
+    """Raise CheckpointError where this host, or its device, cannot compute with a quantised layer."""
+    known, device = quantised_formats(), comfy.model_management.get_torch_device()
+    has_float8 = comfy.model_management.supports_cast(device, torch.float8_e4m3fn)
     for name, layer in checkpoint.quantised_blocks.items():
+        if layer.format in HAVE_FLOAT8 and not has_float8:
+            raise CheckpointError(
+                f"{checkpoint.path} has {name} in {layer.format}, and {device.type} has no such numbers. Use bf16 "
+                "weights."
+            )
         if layer.format not in known:
             since = SINCE.get(layer.format, "0.3.75")
             raise CheckpointError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
+import comfy.model_management
 import torch
 
 
@@ -15,8 +17,9 @@ class Background:
     """A thread that ends with the `with` block. At most one piece of work is under way, so memory stays bounded."""
 
     def __init__(self) -> None:
-        # On a card, kernels of two threads on one stream would take turns.
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        # On a card, kernels of two threads on one stream would take turns. With --cpu it is left alone.
+        used = torch.cuda.is_available() and comfy.model_management.get_torch_device().type == "cuda"
+        self._stream = torch.cuda.Stream() if used else None
         self._thread = ThreadPoolExecutor(1, "helios")
         self._work: Future[None] | None = None
 
@@ -48,7 +51,7 @@ class Background:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, work: Callable[..., None], *args: Any) -> None:
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             work(*args)
             if self._stream is not None:
                 self._stream.synchronize()

@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ...helios_core.offload import TWO_THREADS
 from ..compat import is_dynamic
 from ..sampling.guider import HeliosGuider
 
@@ -22,8 +23,11 @@ def may_fit(guider: HeliosGuider, vae: Any) -> bool:
         return False  # not the host's kind of VAE: how much it takes is not known
     if any("hooks" in cond for conds in guider.original_conds.values() for cond in conds):
         return False  # they swap weights between predictions
+    patchers = (guider.model_patcher, vae.patcher)
+    if any(patcher.load_device.type not in TWO_THREADS for patcher in patchers):
+        return False
     needed = _at_work(guider, vae)
-    for patcher in (guider.model_patcher, vae.patcher):
+    for patcher in patchers:
         needed[patcher.load_device] += patcher.model_size() * SPARE
     return all(size < comfy.model_management.get_total_memory(device) for device, size in needed.items())
 

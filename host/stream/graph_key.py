@@ -8,7 +8,6 @@ since they were opened.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from comfy_execution.graph_utils import is_link
 from ...helios_core.quoting import quoted
 from ...helios_core.regular_file import FileFacts, facts_of
 from ..files import official
+from ..files.single_file import full_path
 
 KEY_FORMAT = "helios graph 3"  # raised when the same graph gives other latents than before
 # Inputs that change the video file, or how it is made, but no latents.
@@ -93,10 +93,8 @@ class NamedFiles:
         if facts := facts_of(Path(folder or folder_paths.get_input_directory(), name)):
             yield "input", text, facts
         for kind in sorted(folder_paths.folder_names_and_paths):
-            with contextlib.suppress(ValueError):  # on Windows, of a text that begins like another drive's path
-                path = folder_paths.get_full_path(kind, text)
-                if path and (facts := facts_of(Path(path))):
-                    yield kind, text, facts
+            if (found := full_path(kind, text)) and (facts := facts_of(Path(found))):
+                yield kind, text, facts
 
     def lasting(self, text: str) -> list[Any]:
         """The files' facts for a key, without inodes: on some file systems their numbers change with a restart."""

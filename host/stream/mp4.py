@@ -22,6 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from comfy_api.latest import InputImpl
 from torch import Tensor
 
+from ...helios_core.regular_file import put_in_place
 from ..compat import VIDEO_MATRIX, VIDEO_TRANSFER
 from ..printable import printable_log
 from .plain_files import DAY, NO_ROOM, disk_errors, in_background
@@ -101,7 +102,7 @@ class VideoFile:
                 found = written.streams.video[0].frames
             if found != self.frames:
                 raise OSError(PACKET_CHECK.format(found=found, expected=self.frames))
-            whole.replace(self.target)
+            put_in_place(whole, self.target)
         self.stream = None
         return self.target
 
@@ -196,6 +197,6 @@ def remove_old_videos(folder: Path) -> None:
     """Delete our files of which no VIDEO is left, a day after they were written: a page may still show one."""
     for file in folder.glob("helios_*"):
         if OUR_FILE.fullmatch(file.name) and file.with_suffix(".mp4") not in _in_use and not file.is_symlink():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # somebody was faster, or, on Windows, still reads it
                 if time.time() - file.stat().st_mtime > DAY:
                     file.unlink()

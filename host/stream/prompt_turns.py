@@ -10,6 +10,7 @@ import comfy.model_management
 import folder_paths
 from torch import Tensor
 
+from ...helios_core.regular_file import put_in_place
 from ...helios_core.text import MAX_TOKENS
 from ...helios_core.video import Turn
 from ..messages import Notes
@@ -116,7 +117,7 @@ class PromptTurns:
             for file in (prompts_beside(video), kept := new_kept_prompts()):
                 part = file.with_suffix(".json.part")
                 part.write_text(text, encoding="utf-8")
-                part.replace(file)
+                put_in_place(part, file)
         except OSError as error:  # the video is there all the same
             self.notes.warn(f"The prompts that took over could not be written to {error.filename} ({error.strerror}).")
             return

@@ -76,7 +76,8 @@ def tidy(folder: Path, note: str) -> None:
     """
     for entry in folder.iterdir():
         if entry.suffix == ".part" and OUR_FILE.fullmatch(entry.name):
-            entry.unlink()
+            with contextlib.suppress(PermissionError):  # Windows keeps what somebody reads, and it does no harm
+                entry.unlink()
         elif entry.is_dir() and not entry.is_symlink() and OUR_FILE.fullmatch(entry.name):
             raise ValueError(f"{entry} is a folder, where a file is to be saved. Move it away, or switch resume off.")
     os.utime(folder)

@@ -23,6 +23,7 @@ from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.history import HistoryLayout, Memory, Statistics
 from ...helios_core.json_file import parse_json
 from ...helios_core.quoting import quoted
+from ...helios_core.regular_file import put_in_place
 from ..sockets.prompt_changes import Change
 from .plain_files import disk_errors, in_background, ordinary
 from .run_folder import claimed, remove_old, run_folder, tidy
@@ -156,7 +157,7 @@ class SavedRun:
                     file.write(save(tensors, metadata))
                     file.flush()
                     os.fsync(file.fileno())
-                part.replace(target)
+                put_in_place(part, target)
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)

@@ -47,12 +47,15 @@ class VideoWriter:
             self.encode(item, frames)
 
     def decode(self, position: int, samples: Tensor, vae: Any = None) -> Iterator[tuple[int, Tensor]]:
-        """Each item's number and its frames to write, one item at a time; none of a chunk that is left out."""
+        """Each item's number and its frames to write, one item at a time; none of a chunk that is left out.
+
+        On the CPU, also where the host leaves images on the device: that may be for one thread at a time.
+        """
         start = position * CHUNK_FRAMES
         first, end = (min(max(frame - start, 0), CHUNK_FRAMES) for frame in self.shown)
         for item in range(len(self.files)):
             if first < end and not self._stopped:
-                yield item, decode_chunk(vae or self.vae, samples[item : item + 1])[first:end]
+                yield item, decode_chunk(vae or self.vae, samples[item : item + 1])[first:end].cpu()
 
     def encode(self, item: int, frames: Tensor) -> None:
         if not self._stopped:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comfyui_helios.helios_core import elementwise, layers
+from comfyui_helios.helios_core import elementwise, layers, rope, solver
 from comfyui_helios.helios_core import generate as loop
 from comfyui_helios.helios_core import transformer as transformer_module
 from comfyui_helios.helios_core.config import TransformerConfig
@@ -22,7 +22,15 @@ from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.transformer import HeliosTransformer
 from harness import oracle
 from support.core_videos import QUICK
-from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
+from support.mps_kernels import runs_on_mps
+from support.pretended_card import (
+    CARD,
+    check_step,
+    needs_cuda_build,
+    pretended_card,
+    watch_dtypes,
+    without_wide_numbers,
+)
 
 CHUNKS = 2
 PROMPTS_OF_THE_TEST = {"up: the test": 2}
@@ -69,7 +77,7 @@ def crossings(schedule, chunks=CHUNKS):
         "up: Memory.to": 1,
         "up: generate": chunks,  # noise
         **({"up: renoise": chunks * (stages - 1)} if stages > 1 else {}),
-        "up: rope_table": 3 + stages,  # the frames' numbers, for each part of the history and each size of a chunk
+        "up: HeliosTransformer.rope": 3 + stages,  # for each part of the history and each size of a chunk
         "wait: check_finite": chunks,
     }
 
@@ -77,21 +85,53 @@ def crossings(schedule, chunks=CHUNKS):
 DRIFT = {"wait: AntiDrift.observe": 2 * CHUNKS, "up: AntiDrift.correct": CHUNKS - 1}  # of mean and variance; noise
 
 
+RUNS = {
+    "base": (replace(BASE, steps=(3,)), torch.float32, True, {}),
+    "base by Euler, nothing prepared": (
+        replace(BASE, steps=(3,), guidance_scale=1.0, solver="euler"),
+        torch.bfloat16,
+        False,
+        {},
+    ),
+    "mid": (replace(MID, steps=(3, 1, 2)), torch.bfloat16, True, {}),
+    "distilled, amplified": (replace(DISTILLED, steps=(1, 1, 1)), torch.bfloat16, True, {}),
+    "distilled, drifting": (replace(QUICK, anti_drift=AntiDrift()), torch.float32, False, DRIFT),
+}
+
+
 @needs_cuda_build
-@pytest.mark.parametrize(
-    ("schedule", "dtype", "prepared", "more"),
-    [
-        (replace(BASE, steps=(3,)), torch.float32, True, {}),
-        (replace(BASE, steps=(3,), guidance_scale=1.0, solver="euler"), torch.bfloat16, False, {}),
-        (replace(MID, steps=(3, 1, 2)), torch.bfloat16, True, {}),
-        (replace(DISTILLED, steps=(1, 1, 1)), torch.bfloat16, True, {}),
-        (replace(QUICK, anti_drift=AntiDrift()), torch.float32, False, DRIFT),
-    ],
-    ids=["base", "base by Euler, nothing prepared", "mid", "distilled, amplified", "distilled, drifting"],
-)
+@pytest.mark.parametrize(("schedule", "dtype", "prepared", "more"), RUNS.values(), ids=RUNS.keys())
 def test_only_noise_goes_up_while_chunks_are_made(card, schedule, dtype, prepared, more):
     sample(schedule, dtype, prepared)
     card.check(crossings(schedule) | more)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("schedule", "dtype", "prepared", "more"), RUNS.values(), ids=RUNS.keys())
+def test_a_run_on_a_card_like_apples(card, schedule, dtype, prepared, more):
+    """Without float64 and complex numbers, and with the operations that such a card has."""
+    with without_wide_numbers(card):
+        sample(schedule, dtype, prepared)
+    card.check(crossings(schedule) | more)
+    assert card.kernels
+    assert not [name for name in card.kernels if not runs_on_mps(name)]
+    assert not runs_on_mps("segment_reduce")
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(
+    ("there", "told"), [((solver, "NO_FLOAT64"), "float64"), ((rope, "COMPLEX"), "Complex numbers")]
+)
+def test_on_such_a_card_either_is_noticed(card, monkeypatch, there, told):
+    with without_wide_numbers(card), monkeypatch.context() as patch:
+        patch.setattr(*there, () if told == "float64" else (CARD.type,))
+        with pytest.raises(AssertionError, match=f"{told} on the card"):
+            sample(QUICK, chunks=1)
+
+
+def test_which_cards_those_are():
+    assert solver.NO_FLOAT64 == ("mps", "xpu", "privateuseone")
+    assert not set(rope.COMPLEX) & {*solver.NO_FLOAT64}
 
 
 def noise_left_behind(latents, alpha, beta, gamma, rng):

@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 
 from comfyui_helios.helios_core import elementwise
@@ -10,6 +11,17 @@ from comfyui_helios.helios_core import elementwise
 def test_a_processor_has_none():
     with torch.inference_mode():
         assert elementwise.fused_where_possible(torch.zeros(1, 2, 4)) is elementwise
+
+
+@pytest.mark.parametrize(("hip", "capability"), [(None, (6, 1)), ("6.4", (9, 4))], ids=["Pascal", "AMD"])
+def test_cards_on_which_triton_may_end_the_process_have_none(monkeypatch, hip, capability):
+    fused = pytest.importorskip("comfyui_helios.helios_core.fused")
+    monkeypatch.setattr(fused, "try_out", lambda device: pytest.fail("tried out"))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    elementwise._fused.cache_clear()
+    assert elementwise._fused(torch.device("cuda:0")) is None
+    elementwise._fused.cache_clear()
 
 
 def test_without_triton_there_are_none(monkeypatch):

@@ -127,6 +127,21 @@ def test_next_group_is_copied_while_this_one_computes(model, inputs, monkeypatch
     assert computing == [True]
 
 
+def test_on_devices_for_one_thread_at_a_time_there_is_no_other(model, inputs, expected, monkeypatch):
+    threads = []
+
+    def watched(self, group, slot):
+        threads.append(threading.current_thread())
+        copy(self, group, slot)
+
+    copy = Offloader._copy
+    monkeypatch.setattr(Offloader, "_copy", watched)
+    monkeypatch.setattr(subject, "TWO_THREADS", ())
+    with torch.inference_mode(), Offloader(model, "cpu", keep_below=0):
+        assert torch.equal(model(*inputs), expected)
+    assert set(threads) == {threading.main_thread()}
+
+
 def test_order_is_learnt():
     """Called in another order than built, layers are still foreseen from the second time on."""
     layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from comfyui_helios.helios_core.regular_file import CheckpointError
+from comfyui_helios.host.files.single_file import find_file
 from comfyui_helios.host.guard import guarded
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.stream import run_folder
@@ -157,6 +158,28 @@ def test_small_files_count_too(parts, official, name):
 @pytest.mark.parametrize("name", ["\ud800", "x" * 10**6, "../..", "", "a\0b", 5, None, ["3", 0], "nowhere"])
 def test_any_name_has_a_fingerprint(models, name):
     assert HeliosModelLoader.fingerprint_inputs(model_name=name) == HeliosModelLoader.fingerprint_inputs()
+
+
+def test_a_workflow_from_windows_finds_its_file_in_a_folder(models):
+    file = models / "diffusion_models" / "video" / "a.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"1234")
+    [before, on_windows] = [fingerprint(f"video{slash}a.safetensors") for slash in ("/", "\\")]
+    assert find_file("diffusion_models", "video\\a.safetensors") == str(file)
+    later(file)
+    assert fingerprint("video/a.safetensors") != before
+    assert fingerprint("video\\a.safetensors") != on_windows
+
+
+def test_a_name_on_another_drive_is_one_of_no_file(models, monkeypatch):
+    """Where Windows' own functions, which the host asks, raise."""
+
+    def windows(kind, text):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(folder_paths, "get_full_path", windows)
+    with pytest.raises(ValueError, match=r"There is no model 'D:\\a.safetensors' in models/diffusion_models"):
+        find_file("diffusion_models", "D:\\a.safetensors")
 
 
 @pytest.mark.parametrize("name", ["\ud800", "x" * 10**6, "../..", "", "a\0b", 5, None, ["3", 0], "nowhere"])

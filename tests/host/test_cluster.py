@@ -275,6 +275,15 @@ def test_compiled_and_merged_models_are_refused(plain):
         merge(plain, on_several_cards(plain, ON_CPU), 0.5)
 
 
+@pytest.mark.parametrize("lacking", ["is_available", "is_nccl_available"])
+def test_where_torch_has_no_nccl_the_node_says_so(monkeypatch, plain, lacking):
+    """As on Windows and macOS."""
+    monkeypatch.delenv("HELIOS_MULTI_GPU_ON_CPU", raising=False)
+    monkeypatch.setattr(torch.distributed, lacking, lambda: False)
+    with pytest.raises(ValueError, match=r"needs NCCL, .* on Linux only, for NVIDIA and AMD cards"):
+        run_node(HeliosMultiGPU, plain, 2)
+
+
 def test_without_cards_the_node_says_so(monkeypatch, plain):
     monkeypatch.delenv("HELIOS_MULTI_GPU_ON_CPU", raising=False)
     with pytest.raises(ValueError, match="set to 2 cards, and ComfyUI sees 0 on this machine"):

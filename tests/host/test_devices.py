@@ -30,7 +30,14 @@ from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.stream import HeliosStreamVideo
 from harness import oracle
-from support.pretended_card import CARD, check_step, needs_cuda_build, pretended_card, watch_dtypes
+from support.pretended_card import (
+    CARD,
+    check_step,
+    needs_cuda_build,
+    pretended_card,
+    watch_dtypes,
+    without_wide_numbers,
+)
 from support.quantised import block_layers, write_scaled
 from support.runs import QUICK, conditioning, run_node
 from support.streams import SETTINGS
@@ -150,7 +157,7 @@ def crossings(schedule, anchored=False, prompts=2):
         "up: Memory.to": 1 + anchored,  # the history a run begins with
         "up: generate": CHUNKS,  # each chunk's noise: from the CPU, so that a seed is the same everywhere
         **renoise,  # each stage's
-        "up: rope_table": 3 + stages,  # the frames' numbers, once a model
+        "up: HeliosTransformer.rope": 3 + stages,  # once a model
         "wait: check_finite": CHUNKS,
         "down: to_vae_space": CHUNKS,  # finished chunks
         "down: Memory.to": 2,  # history and anchor at the end
@@ -182,6 +189,13 @@ def test_a_run(folder, card, source, schedule, dtype):
     card.check(crossings(schedule, anchored=bool({"start_image", "video"} & set(source))))
 
 
+@pytest.mark.parametrize("schedule", [GUIDED, replace(MID, steps=(3, 1, 1)), QUICK], ids=["base", "mid", "distilled"])
+def test_a_run_on_a_card_without_float64_and_complex_numbers(folder, card, schedule):
+    with without_wide_numbers(card):
+        sample(load(folder, "bf16"), begin(**IMAGE), schedule)
+    card.check(crossings(schedule, anchored=True))
+
+
 def test_a_run_of_scaled_fp8(card, tmp_path):
     weights = {published_name(name): x for name, x in oracle.weights(oracle.transformer(0)).items()}
     config = TransformerConfig(**oracle.TINY)
@@ -196,7 +210,7 @@ def test_a_video_that_goes_on(folder, card):
     latent = sample(model, begin(), QUICK)
     card.crossings.clear()
     sample(model, begin(previous=latent), QUICK)
-    card.check(crossings(QUICK, anchored=True) | {"up: rope_table": 0})
+    card.check(crossings(QUICK, anchored=True) | {"up: HeliosTransformer.rope": 0})
 
 
 def stream(model, vae, overlap="auto", **settings):
@@ -219,6 +233,16 @@ def test_streaming(folder, card, written, overlap):
     stream(load(folder, "bf16"), StubVAE(), overlap)
     assert written == [33, 33]
     card.check(crossings(QUICK))
+
+
+def test_pictures_come_down_on_the_nodes_thread(folder, card, written, monkeypatch):
+    """With --gpu-only the host leaves them on the card, which may be for one thread at a time."""
+    vae, given = StubVAE(), []
+    monkeypatch.setattr(vae, "decode", lambda samples: torch.zeros(1, 33, 64, 64, 3, device=CARD))
+    monkeypatch.setattr(VideoFile, "write", lambda self, x: given.append(x.device.type))
+    stream(load(folder, "bf16"), vae)
+    assert given == ["cpu", "cpu"]
+    card.check(crossings(QUICK) | {"down: VideoWriter.decode": CHUNKS})
 
 
 def test_streaming_with_the_vae_beside(folder, card, written):
@@ -249,7 +273,7 @@ def test_a_run_that_was_cut_off_and_goes_on(folder, card, written, monkeypatch, 
         "down: to_vae_space": 1,
         "down: _to_tensors": len(a_chunk),
     }
-    card.check(crossings(QUICK, anchored=True) | again | {"up: rope_table": 0})
+    card.check(crossings(QUICK, anchored=True) | again | {"up: HeliosTransformer.rope": 0})
 
 
 def test_several_prompts_go_up_with_their_chunks(folder, card):

@@ -10,8 +10,9 @@ import comfy.sd
 import pytest
 import torch
 
+from comfyui_helios.helios_core.checkpoint import open_checkpoint
 from comfyui_helios.helios_core.schedule import BASE, MID
-from comfyui_helios.host.model.loading import DTYPES, load_model
+from comfyui_helios.host.model.loading import DTYPES, choose_dtype, load_model
 from comfyui_helios.host.sockets.latent import video_state
 from harness import oracle
 from harness.errors import difference
@@ -277,6 +278,33 @@ def test_storage_dtypes(folder, reference, choice):
     result = sample(loaded, QUICK)["samples"]
     error = ((result - exact).square().mean() / exact.square().mean()).sqrt().item()
     assert error <= {"fp32": 0.0, "fp16": 0.01, "bf16": 0.05, "fp8_e4m3fn": 0.3}[choice]
+
+
+@pytest.fixture
+def without_float8(monkeypatch):
+    """A device like Apple's, in the host's words."""
+    plain = (torch.float32, torch.float16, torch.bfloat16)
+    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype in plain)
+
+
+def test_float8_on_a_device_without_it_is_refused(folder, without_float8):
+    with pytest.raises(ValueError, match="dtype is fp8_e4m3fn, and cpu has no such numbers. Choose auto, bf16 or fp16"):
+        load_model(str(folder), "fp8_e4m3fn")
+
+
+def test_auto_takes_weights_in_float8_for_others_there(folder, without_float8, monkeypatch):
+    asked = []
+
+    def unet_dtype(weight_dtype=None, **_):
+        asked.append(weight_dtype)
+        return weight_dtype or torch.bfloat16
+
+    monkeypatch.setattr(comfy.model_management, "unet_dtype", unet_dtype)
+    stored = open_checkpoint(folder)
+    in_float8 = {name: replace(x, dtype=torch.float8_e4m3fn) for name, x in stored.tensors.items()}
+    assert choose_dtype("auto", replace(stored, tensors=in_float8)) == torch.bfloat16
+    assert choose_dtype("auto", stored) == torch.float32
+    assert asked == [None, torch.float32]
 
 
 def test_auto_asks_the_host(folder):

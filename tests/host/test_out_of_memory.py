@@ -8,7 +8,7 @@ import torch
 
 from comfyui_helios.helios_core.video import VideoStart
 from comfyui_helios.host import out_of_memory
-from comfyui_helios.host.out_of_memory import memory_errors, ran_out
+from comfyui_helios.host.out_of_memory import check_room, memory_errors, ran_out
 from comfyui_helios.host.sockets.images import prepare_images, video_frames
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
@@ -47,6 +47,10 @@ CUDA = "CUDA out of memory. Tried to allocate 2.34 GiB. GPU 0 has a total capaci
         (RuntimeError("could not create a memory object"), ""),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
         (MemoryError(), ""),
+        (RuntimeError("MPS backend out of memory. Tried to allocate 2.00 GB"), " when it asked for 2.00 GB more"),
+        (RuntimeError("Invalid buffer size: 19.29 GB"), " when it asked for 19.29 GB more"),
+        (RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"), ""),
+        (RuntimeError("Could not allocate tensor with 9 bytes. There is not enough GPU video memory available!"), ""),
         (RuntimeError("a process has ended: numpy._core._exceptions._ArrayMemoryError: Unable to allocate 1 GiB"), ""),
     ],
     ids=str,
@@ -60,6 +64,17 @@ def test_the_allocators_own_error_is_known():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
     assert "when it asked for 1125899906842624 bytes more. Make" in told(caught.value)
+
+
+def test_torch_before_2_5_has_the_error_under_another_name(monkeypatch):
+    monkeypatch.delattr(torch, "OutOfMemoryError")
+    with pytest.raises(RuntimeError, match="a bug"), memory_errors("Helios Chunked Sampler"):
+        raise RuntimeError("a bug")
+
+
+def test_directml_does_not_say_how_large_it_is():
+    """The host's answer for it is 1 GiB, whatever there is."""
+    check_room("A chunk", 2**34, torch.device("privateuseone:0"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import comfy.model_management
 import comfy.quant_ops
 import pytest
 import torch
@@ -65,6 +66,13 @@ def test_without_comfy_kitchen_nothing_quantised_runs_on_a_newer_host(tmp_path, 
     monkeypatch.setattr(comfy.quant_ops, "_CK_AVAILABLE", False, raising=False)
     file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=CONFIG)
     with pytest.raises(CheckpointError, match="with comfy-kitchen installed"):
+        load_model(str(file))
+
+
+def test_float8_on_a_device_without_it_is_refused(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype == torch.bfloat16)
+    file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=CONFIG)
+    with pytest.raises(CheckpointError, match=r"in float8_e4m3fn, and cpu has no such numbers\. Use bf16 weights"):
         load_model(str(file))
 
 

@@ -295,10 +295,10 @@ def test_what_is_written_has_its_name_once_it_is_whole_and_is_said_to_be_too_muc
     def look(part, target):
         if target.suffix == ".json":
             seen.append((part.name, target.exists(), SteeredPrompts.from_json(part.read_text("utf-8")).changes))
-        return replace_file(part, target)
+        put_in_place(part, target)
 
-    seen, replace_file = [], Path.replace
-    monkeypatch.setattr(Path, "replace", look)
+    seen, put_in_place = [], prompt_turns.put_in_place
+    monkeypatch.setattr(prompt_turns, "put_in_place", look)
     monkeypatch.setattr(prompt_turns, "MOST_CHANGES", 1)
     video, *_ = stream(model, clip, Pages(ASKED))
     assert seen == [(part, False, APPLIED) for part in (f"{video.stem}.json.part", "steered_00001_.json.part")]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from comfyui_helios.host.stream import fit_together
+from comfyui_helios.host.stream.background import Background
 from comfyui_helios.host.stream.mp4 import VideoFile
 from support.streams import Parts, beginning, make_parts, stream_video, watched
 
@@ -62,6 +63,15 @@ def test_otherwise_it_is_only_encoded_then(parts, monkeypatch):
     assert set(threads) == {threading.main_thread()}
 
 
+def test_a_card_that_the_host_does_not_use_is_left_alone(monkeypatch):
+    """As with --cpu, for somebody whose card is busy."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: pytest.fail("used"))
+    with Background() as background:
+        background.start(lambda: None)
+        background.wait()
+
+
 def in_turns(parts, start, **settings):
     """Whether all decoding was done on the node's own thread."""
     threads = set()
@@ -76,6 +86,9 @@ def test_they_take_turns_where_both_do_not_fit(parts, monkeypatch):
     assert not in_turns(parts, start)
     with monkeypatch.context() as patch:
         patch.setattr(comfy.model_management, "get_total_memory", lambda *args: 10_000)
+        assert in_turns(parts, start)
+    with monkeypatch.context() as patch:  # as Apple's
+        patch.setattr(fit_together, "TWO_THREADS", ())
         assert in_turns(parts, start)
     with monkeypatch.context() as patch:  # something else has taken the room since
         patch.setattr(comfy.model_management, "get_free_memory", lambda *args: 10_000)

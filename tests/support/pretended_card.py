@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from comfyui_helios.helios_core import elementwise
+from comfyui_helios.helios_core import elementwise, rope, solver
 from comfyui_helios.helios_core.generate import Step
 
 needs_cuda_build = pytest.mark.skipif(
@@ -82,6 +82,14 @@ def pretended_card(host: Path | None = None) -> Iterator[Card]:
         yield card
 
 
+@contextmanager
+def without_wide_numbers(card: Card) -> Iterator[None]:
+    """While the context lasts, the card has neither float64 nor complex numbers, like Apple's, and is known for it."""
+    plain = patch.object(rope, "COMPLEX", ("cpu",))
+    with patch.object(solver, "NO_FLOAT64", (CARD.type,)), plain, patch.object(card, "wide", False):
+        yield
+
+
 def move(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """`nn.Module._apply`; torch's own swaps fake parameters in place, and fails where there are weak references."""
     for child in module.children() if recurse else ():
@@ -99,6 +107,8 @@ class Card(TorchDispatchMode):
         super().__init__()
         self.fake, self.roots = fake, roots
         self.crossings: list[Crossing] = []
+        self.wide = True  # float64 and complex numbers exist
+        self.kernels: set[str] = set()  # operations that ran on it, as torch's own list of them spells them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -125,9 +135,13 @@ class Card(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self.fake.from_tensor, (args, kwargs))
         if on_card and waits(func, args):
             return self._answer(func, on_card[0])
+        self.kernels.add(func.name().removeprefix("aten::"))
         result = func(*args, **kwargs)
-        if any(x.dtype == torch.float64 for x in tensors_in((result,))) and not self._in(FLOAT64):
+        dtypes = {x.dtype for x in tensors_in((result,))}
+        if torch.float64 in dtypes and not (self.wide and self._in(FLOAT64)):
             raise AssertionError(f"float64 on the card, in {func} at {self._place()}")
+        if any(dtype.is_complex for dtype in dtypes) and not self.wide:
+            raise AssertionError(f"Complex numbers on the card, in {func} at {self._place()}")
         if func is aten.native_layer_norm.default and args[0].dtype != torch.float32:
             raise AssertionError(f"A layer norm of {describe(args[0])}, expected torch.float32, at {self._place()}")
         return result

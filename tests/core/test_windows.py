@@ -1,0 +1,103 @@
+"""What Windows does otherwise, on files and programs without ComfyUI: open files, its console, the embedded Python."""
+
+import mmap
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from comfyui_helios.helios_core import regular_file
+from comfyui_helios.helios_core.regular_file import CheckpointError, put_in_place
+from comfyui_helios.helios_core.safetensors_file import read_headers, read_tensors
+from support.scripts import SCRIPTS
+from support.windows_files import needs_proc, windows_files
+
+PROGRAMS = ["convert_checkpoint", "convert_lora"]
+SHIPPED = ("helios_core", "host", "nodes", "web", "locales", "models", "workflows", "subgraphs", "scripts", "docs")
+NO_NAME = re.compile(r'.*[<>:"|?*\\].*|.*[ .]|(con|nul|aux|prn|com\d|lpt\d)(\..*)?', re.I)
+ROOM = 150  # characters of 260, beside the folder that ComfyUI is in
+
+
+def test_every_file_that_ships_has_a_name_there_and_one_of_its_own():
+    root = SCRIPTS.parent
+    files = [path.relative_to(root) for folder in SHIPPED for path in (root / folder).rglob("*")]
+    assert len(files) > 100
+    assert not [str(path) for path in files if NO_NAME.fullmatch(path.name) or len(str(path)) > ROOM]
+    assert len({str(path).lower() for path in files}) == len(files)
+
+
+@needs_proc
+def test_a_new_file_that_is_looked_at_for_a_moment_gets_its_name(tmp_path, monkeypatch):
+    part, target = tmp_path / "a.part", tmp_path / "a"
+    part.write_bytes(b"new")
+    target.write_bytes(b"old")
+    scanner = part.open("rb")
+    waited = []
+
+    def wait(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            scanner.close()
+
+    monkeypatch.setattr(regular_file.time, "sleep", wait)
+    with windows_files():
+        put_in_place(part, target)
+    assert (len(waited), target.read_bytes(), part.exists()) == (2, b"new", False)
+
+
+@needs_proc
+def test_a_file_that_stays_in_use_is_told_in_the_end(tmp_path, monkeypatch):
+    part, target = tmp_path / "a.part", tmp_path / "a"
+    part.write_bytes(b"new")
+    target.write_bytes(b"old")
+    waited = []
+    monkeypatch.setattr(regular_file.time, "sleep", waited.append)
+    with windows_files(), target.open("rb"), pytest.raises(PermissionError, match="used by another process"):
+        put_in_place(part, target)
+    assert 1 < sum(waited) < 10
+
+
+@needs_proc
+def test_a_model_that_is_in_use_is_not_converted_over(script, official, tmp_path, capsys, monkeypatch):
+    target = tmp_path / "a.safetensors"
+    assert script.main([str(official), str(target)]) == 0
+    with windows_files():
+        assert script.main([str(official), str(target), "--force"]) == 0  # nothing of its own is left open
+        loaded = dict(read_tensors(read_headers([target])[0], lambda name: script.torch.float32))
+        monkeypatch.setattr(script, "open_checkpoint", lambda path: pytest.fail("work began"))
+        assert script.main([str(official), str(target), "--force"]) == 1
+    assert loaded
+    assert f"{target} cannot be overwritten (The file is used by another process)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_run_where_python_does_not_look_beside_them(program, tmp_path):
+    """As the Python of ComfyUI's portable build, whose ._pth file makes it so."""
+    command = [sys.executable, "-P", str(SCRIPTS / f"{program}.py"), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp936"])
+def test_what_was_made_is_told_into_a_file_in_a_windows_encoding(official, tmp_path, encoding):
+    target = tmp_path / "модель \N{MOVIE CAMERA}.safetensors"
+    command = [sys.executable, str(SCRIPTS / "convert_checkpoint.py"), str(official), str(target)]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    run = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    assert rb"\U0001f3a5.safetensors: 0.00 GB" in run.stdout
+    assert read_headers([target])[0]
+
+
+def test_a_file_that_the_system_does_not_map_is_told(official, monkeypatch):
+    """Windows counts a map against the paging file, in full."""
+
+    def refuse(*args, **kwargs):
+        raise OSError(22, "The paging file is too small for this operation to complete")
+
+    stored, _ = read_headers(sorted((official / "transformer").glob("*.safetensors"))[:1])
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be mapped into memory \(The paging file is too small.*larger"):
+        list(read_tensors(stored, lambda name: stored[name].dtype))
