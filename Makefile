@@ -139,13 +139,26 @@ bench-memory: $(ENVIRONMENT)
 TYPES := MYPYPATH=.:..:../scripts:../tests:../training:../build/typing $(abspath $(VENV)/bin/mypy) \
     --explicit-package-bases --follow-imports silent --config-file ../pyproject.toml --cache-dir ../build/mypy-scripts
 
-# nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
-lint: $(ENVIRONMENT)
+# make -j2 lint has them side by side.
+.PHONY: style types-pack types-windows types-programs
+lint: style types-pack types-windows types-programs
+
+style: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/typing && ln -sfn ../.. build/typing/comfyui_helios
-	MYPYPATH=build/typing $(BIN)/mypy -p comfyui_helios.helios_core -p comfyui_helios.nodes -p comfyui_helios.host
-	MYPYPATH=build/typing $(BIN)/mypy --platform win32 --cache-dir build/mypy-windows -p comfyui_helios.helios_core -p comfyui_helios.host
+
+# nodes/ imports ..helios_core: types are checked in the package, under the name the tests give it.
+build/typing/comfyui_helios:
+	@mkdir -p build/typing && ln -sfn ../.. $@
+
+PACK_TYPES := MYPYPATH=build/typing $(BIN)/mypy
+types-pack: $(ENVIRONMENT) | build/typing/comfyui_helios
+	$(PACK_TYPES) -p comfyui_helios.helios_core -p comfyui_helios.nodes -p comfyui_helios.host
+
+types-windows: $(ENVIRONMENT) | build/typing/comfyui_helios
+	$(PACK_TYPES) --platform win32 --cache-dir build/mypy-windows -p comfyui_helios.helios_core -p comfyui_helios.host
+
+types-programs: $(ENVIRONMENT) | build/typing/comfyui_helios
 	cd scripts && $(TYPES) $$(find . -name "*.py")
 	cd benchmarks && $(TYPES) *.py
 
