@@ -24,6 +24,8 @@ if importlib.util.find_spec("torch") is None:
 
 import card_tests
 import cards_gpu
+import comfyui_gpu
+import comfyui_server
 import memory_gpu
 import network_gpu
 import quantised_gpu
@@ -46,10 +48,19 @@ SECONDS = {  # that each part is expected to take on an H200, what is worth most
     "offload_leaf_disk": 100,
     "quantised": 60,
     "cards": 150,
+    "comfyui_first_run": 50,
+    "comfyui_14b": 150,  # with writing the weights, where no part before has
+    "comfyui_lowvram": 60,
+    "comfyui_dynamic_vram": 60,
+    "comfyui_block": 60,
+    "comfyui_leaf": 70,
+    "comfyui_patched": 120,
 }
 INTERPRETED = ("tests_fused", "network")  # whose kernels a rehearsal runs in Triton's interpreter
 REHEARSAL_SECONDS = 300  # of a part, on a busy machine
-SCRATCH = "scratch"  # in the folder of the results, while a run lasts: the 14B model's weights, 29 GB
+SCRATCH = (
+    "scratch"  # in the folder of the results, while a run lasts: a folder of models, the 14B's weights in it, 29 GB
+)
 
 
 def main() -> int:
@@ -121,8 +132,10 @@ def rows(name: str, folder: Path, tiny: bool) -> Iterator[Row]:
     if name == "cards":
         return cards_gpu.rows(shape)
     scratch = folder / SCRATCH
-    scratch.mkdir(parents=True, exist_ok=True)
-    return memory_gpu.rows(name.removeprefix("offload_"), scratch / "weights.safetensors", tiny)
+    models = scratch / "models"
+    if name.startswith("comfyui_"):
+        return comfyui_gpu.rows(name.removeprefix("comfyui_"), models, scratch / name, tiny)
+    return memory_gpu.rows(name.removeprefix("offload_"), models / comfyui_server.WEIGHTS, tiny)
 
 
 if __name__ == "__main__":
