@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ VAE, LORA, FOLDER = Path("vae/wan_2.1_vae.safetensors"), Path("loras/random.safe
 VAE_DIM = {True: 1, False: 96}  # of a rehearsal, and of the real one
 RANK, LORA_SCALE = 16, 0.02
 LIMIT = 1200  # seconds of a run; a part of `make gpu` has a limit of its own
-LACKING = re.compile(r"^(?:ModuleNotFoundError|ImportError): (.+)", re.MULTILINE)
+LACKING = re.compile(r"(?:ModuleNotFoundError|ImportError): (.+)\Z")  # what a log ends with
 PROBED = {  # by which probe of comfyui_probe.py, and what makes the value that it hands on
     "ProbeText": "HeliosTextEncode",
     "ProbeLatent": "HeliosChunkedSampler",
@@ -59,7 +59,7 @@ class Card(Peak):
 
     def between(self, begin: float, end: float) -> float | None:
         """The most in this time, in GB; None without a card."""
-        return max(used - self.before for at, used in self.samples if begin <= at <= end) / GB or None
+        return max((used - self.before for at, used in self.samples if begin <= at <= end), default=0) / GB or None
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,17 @@ def check() -> None:
         raise MissingError(f"{error} It is what this part runs in.") from error
 
 
+def version() -> str | None:
+    """Of the ComfyUI; None where there is none."""
+    with suppress(HostError, OSError):
+        return (comfyui_path() / "comfyui_version.py").read_text(encoding="utf-8").split('"')[-2]
+    return None
+
+
 @contextmanager
 def server(base: Path, models: Path | None, *options: str, cpu: bool = False) -> Iterator[Host]:
     """A server with the pack and the probes, and without a page; MissingError where it lacks a module."""
+    shutil.rmtree(base, ignore_errors=True)  # of a run that was killed
     page = base / "page"  # empty, which spares the package that has it
     page.mkdir(parents=True)
     cpu = cpu or device().type == "cpu"
@@ -111,11 +119,14 @@ def server(base: Path, models: Path | None, *options: str, cpu: bool = False) ->
     try:
         host.start()
     except HostError as error:
-        if lacking := LACKING.findall(str(error)):
-            raise MissingError(f"ComfyUI does not start: {lacking[-1]}") from error
+        if lacking := LACKING.search(host.log.read_text(errors="replace").rstrip()):
+            raise MissingError(f"ComfyUI does not start: {lacking[1]}") from error
         raise
-    with host:
+    try:
         yield host
+    finally:
+        host.stop()
+        print(host.log.read_text(errors="replace"))  # into the part's log, which stays
 
 
 def make_models(models: Path, tiny: bool) -> None:
@@ -128,6 +139,7 @@ def make_models(models: Path, tiny: bool) -> None:
     if not (models / WEIGHTS).exists():
         (models / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         write_weights(models / WEIGHTS, config)
+        torch.cuda.empty_cache()
 
 
 def make_text_encoder(folder: Path, width: int) -> None:
