@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import decode
 import torch
+from attention import first_line
 from card import device
 from measure import ROOT, Peak
 from memory_gpu import GB, TINY, write_weights
@@ -130,12 +131,18 @@ def server(base: Path, models: Path | None, *options: str, cpu: bool = False) ->
 
 
 def make_models(models: Path, tiny: bool) -> None:
-    """Random weights of everything; what is there is left, as are the 14B's, which others make."""
+    """Random weights of everything; what is there is left, as are the 14B's, which other parts make.
+
+    Raises MissingError where libraries are missing, or what they need.
+    """
     config = TransformerConfig(**(TINY if tiny else {}))
     if not (models / VAE).exists():  # the last of those that are made here
-        make_text_encoder(models / FOLDER, config.text_dim)
-        make_lora(models / LORA, config)
-        make_vae(models / VAE, VAE_DIM[tiny])
+        try:
+            make_text_encoder(models / FOLDER, config.text_dim)
+            make_lora(models / LORA, config)
+            make_vae(models / VAE, VAE_DIM[tiny])
+        except ImportError as error:
+            raise MissingError(f"ComfyUI's requirements: {first_line(error)}") from error
     if not (models / WEIGHTS).exists():
         (models / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         write_weights(models / WEIGHTS, config)
@@ -173,10 +180,7 @@ def make_lora(file: Path, config: TransformerConfig) -> None:
 def make_vae(file: Path, dim: int) -> None:
     from safetensors.torch import save_file
 
-    try:
-        vae = decode.host_vae(dim, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
-    except ImportError as error:
-        raise MissingError(f"ComfyUI: {error}") from error
+    vae = decode.host_vae(dim, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: weight.bfloat16() for name, weight in vae.state_dict().items()}, file)
 
