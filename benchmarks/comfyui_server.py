@@ -144,7 +144,6 @@ def make_models(models: Path, tiny: bool) -> None:
         except ImportError as error:
             raise MissingError(f"ComfyUI's requirements: {first_line(error)}") from error
     if not (models / WEIGHTS).exists():
-        (models / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         write_weights(models / WEIGHTS, config)
         torch.cuda.empty_cache()
 
