@@ -47,6 +47,7 @@ help:
 	@echo "make gpu          all that needs a CUDA card: tests, the 14B model's shape, decoding, offloading, each with a"
 	@echo "                  file in build/gpu; a further run goes on with what is not finished. PYTHON_GPU names a"
 	@echo "                  Python with torch. Parts of it: test-gpu, bench-gpu, bench-memory-gpu"
+	@echo "                    COMFYUI_PATH=<checkout>                inside it too; PYTHON_GPU has its requirements"
 	@echo "                    GPU_SECONDS=540                        leave out what takes longer in all"
 	@echo "                    FRESH=1                                run what is finished, too"
 	@echo "                    TINY=1                                 rehearse on toy sizes, on any machine"

@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in one command: `make gpu`.
 
 The 14B network has random weights: with fused kernels and without, profiled, compiled, decoded, offloaded, shared out.
-Beside that there are the tests of tests/gpu. Each is a part with a time limit, a file and a log in build/gpu, what is
-worth most first, and a further run goes on with what is not finished. It needs PyTorch, and the NumPy that usually
-comes with it; parts that need more are listed where it is missing. --tiny rehearses all of it on toy sizes, on any
-machine: its numbers say nothing.
+Beside that there are the tests of tests/gpu, and the nodes on the ComfyUI of COMFYUI_PATH. Each is a part with a time
+limit, a file and a log in build/gpu, what is worth most first, and a further run goes on with what is not finished. It
+needs PyTorch, and the NumPy that usually comes with it; parts that need more are listed where it is missing. --tiny
+rehearses all of it on toy sizes, on any machine: its numbers say nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ if importlib.util.find_spec("torch") is None:
 
 import card_tests
 import cards_gpu
+import comfyui_gpu
+import comfyui_server
 import memory_gpu
 import network_gpu
 import quantised_gpu
 import torch
 from card import REAL, TINY
-from measure import ROOT, Row, machine
+from measure import ROOT, Row, digest, machine
 from parts import MISSING, MissingError, Part, add_row, run, summarise
 
 SECONDS = {  # that each part is expected to take on an H200, what is worth most first
@@ -46,10 +48,18 @@ SECONDS = {  # that each part is expected to take on an H200, what is worth most
     "offload_leaf_disk": 100,
     "quantised": 60,
     "cards": 150,
+    "comfyui_first_run": 60,
+    "comfyui_14b": 150,  # with writing the weights, where no part before has
+    "comfyui_lowvram": 90,
+    "comfyui_block": 60,
+    "comfyui_patched": 150,
+    "comfyui_dynamic_vram": 90,
+    "comfyui_leaf": 70,
 }
 INTERPRETED = ("tests_fused", "network")  # whose kernels a rehearsal runs in Triton's interpreter
+IN_COMFYUI = "comfyui_"  # how the names begin of those in a ComfyUI
 REHEARSAL_SECONDS = 300  # of a part, on a busy machine
-SCRATCH = "scratch"  # in the folder of the results, while a run lasts: the 14B model's weights, 29 GB
+SCRATCH = "scratch"  # in the folder of the results, while a run lasts: models, the 14B's weights of 29 GB in them
 
 
 def main() -> int:
@@ -72,7 +82,7 @@ def main() -> int:
 
     command = [sys.executable, __file__, *(["--tiny"] if options.tiny else []), "--folder", str(folder), "--part"]
     parts = [
-        Part(name, REHEARSAL_SECONDS if options.tiny else seconds, [*command, name])
+        Part(name, REHEARSAL_SECONDS if options.tiny else seconds, [*command, name], about_part(name))
         for name, seconds in SECONDS.items()
     ]
     good = True
@@ -86,6 +96,13 @@ def main() -> int:
             shutil.rmtree(folder / SCRATCH, ignore_errors=True)
     print(f"\n{summarise(parts, folder)}\n{folder}/summary.md, summary.json")
     return 0 if good else 1
+
+
+def about_part(name: str) -> dict[str, str | None]:
+    """What its rows are of, beside the machine and the code of all parts."""
+    if not name.startswith(IN_COMFYUI):
+        return {}
+    return {"comfyui": comfyui_server.version(), "pack": digest("host", "nodes")}
 
 
 def run_part(name: str, folder: Path, tiny: bool) -> int:
@@ -121,8 +138,10 @@ def rows(name: str, folder: Path, tiny: bool) -> Iterator[Row]:
     if name == "cards":
         return cards_gpu.rows(shape)
     scratch = folder / SCRATCH
-    scratch.mkdir(parents=True, exist_ok=True)
-    return memory_gpu.rows(name.removeprefix("offload_"), scratch / "weights.safetensors", tiny)
+    models = scratch / "models"
+    if name.startswith(IN_COMFYUI):
+        return comfyui_gpu.rows(name.removeprefix(IN_COMFYUI), models, scratch / name, tiny)
+    return memory_gpu.rows(name.removeprefix("offload_"), models / comfyui_server.WEIGHTS, tiny)
 
 
 if __name__ == "__main__":

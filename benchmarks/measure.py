@@ -162,7 +162,7 @@ def machine() -> dict[str, Any]:
         **versions,
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12")
         or os.environ.get("COMMIT"),
-        "code": _digest(),
+        "code": digest(*MEASURED),
     }
 
 
@@ -185,12 +185,12 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _digest() -> str:
+def digest(*folders: str) -> str:
     """Of the measured code: a copy may have no commit, and a commit may have changes on top."""
-    digest = hashlib.sha256()
-    for file in sorted(file for folder in MEASURED for file in (ROOT / folder).glob("*.py")):
-        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
+    code = hashlib.sha256()
+    for file in sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+        code.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return code.hexdigest()[:12]
 
 
 def _processor() -> str:

@@ -40,7 +40,11 @@ CONFIG = {
 STEPS = 3
 GPU_FIGURES = ("vram_14b", "host_14b", "seconds_a_chunk")
 GPU_CASES = ("resident", "block_host", "block_disk", "leaf_host", "leaf_disk")  # of memory_gpu.py
-GPU_PEERS = ("comfyui_lowvram", "comfyui_dynamic_vram", "diffusers_leaf")
+GPU_PEERS = {
+    "comfyui_lowvram": "make gpu on a card, with a ComfyUI",
+    "comfyui_dynamic_vram": "make gpu on a card, with a ComfyUI of 0.16 or later",
+    "diffusers_leaf": "needs a card",
+}
 
 
 def inputs() -> dict[str, Any]:
@@ -233,7 +237,8 @@ def main() -> None:
     for figure in GPU_FIGURES:
         for case in GPU_CASES:
             rows.append(Row(f"{figure}_{case}", None, None, "", note="open: make bench-memory-gpu on a card"))
-        rows.extend(Row(f"{figure}_{peer}", None, None, "", note="open: needs a card") for peer in GPU_PEERS)
+        for peer, part in GPU_PEERS.items():
+            rows.append(Row(f"{figure}_{peer}", None, None, "", note=f"open: {part}"))
     write(RESULT, rows)
     print(table(rows), f"-> {RESULT}", sep="\n")
 

@@ -89,6 +89,7 @@ def write_weights(file: Path, config: TransformerConfig) -> None:
         for name, tensor in empty.items()
     }
     weights = {published_name(name): weight for name, weight in weights.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".new")
     save_file(weights, unfinished, {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())})
     unfinished.replace(file)

@@ -15,8 +15,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class Part:
     name: str
     seconds: float  # that it is expected to take
     command: Sequence[str]
+    about: Mapping[str, Any] = field(default_factory=dict)  # what its rows are of, beside what all are of
 
 
 def require(*modules: str) -> None:
@@ -80,18 +81,19 @@ def run(
     for part in parts:
         if part.name not in chosen:
             continue
+        of_part = {**about, **part.about}
         file, left = folder / f"{part.name}.json", deadline - time.monotonic()
         before = read(file)
-        if not fresh and before["state"] == FINISHED and before["about"] == about:
+        if not fresh and before["state"] == FINISHED and before["about"] == of_part:
             print(f"{part.name:24} kept from before", flush=True)
             continue
         if left < part.seconds:
             note = f"it is expected to take {part.seconds:.0f} s, and {max(left, 0):.0f} s were left"
             if not before["rows"]:
-                _write(file, {"part": part.name, "state": "left out", "note": note, "about": about, "rows": []})
+                _write(file, {"part": part.name, "state": "left out", "note": note, "about": of_part, "rows": []})
             print(f"{part.name:24} left out: {note}", flush=True)
             continue
-        _write(file, {"part": part.name, "state": RUNNING, "note": "", "about": about, "rows": []})
+        _write(file, {"part": part.name, "state": RUNNING, "note": "", "about": of_part, "rows": []})
         start = time.monotonic()
         state, note = _execute(part, folder / f"{part.name}.log", min(PATIENCE * part.seconds, left))
         took = round(time.monotonic() - start, 1)
@@ -131,6 +133,7 @@ def _line(part: str, name: str, ours: str = "", peer: str = "", ratio: str = "",
 def _told(about: dict[str, Any]) -> str:
     machine = about["machine"]
     words = [f"{name} {machine[name]}" for name in ("driver", "torch", "triton", "commit") if machine.get(name)]
+    words += [f"ComfyUI {about['comfyui']}"] if about.get("comfyui") else []
     return f"{about['network']} on {machine['gpu'] or machine['processor']}, {', '.join(words)}"
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ ROWS = {  # of what every machine has, at least one a part
     "offload_leaf_disk": "seconds_a_chunk_leaf_disk",
     "quantised": "forward_stage2_fp8_scaled",
     "cards": "forward_stage2_gloo_2",
+}
+IN_COMFYUI = {  # of which tests/server rehearses one
+    *("comfyui_first_run", "comfyui_14b", "comfyui_lowvram", "comfyui_block", "comfyui_patched"),
+    *("comfyui_dynamic_vram", "comfyui_leaf"),
 }
 NETWORK = {  # a row of each of its sections
     *("matrix_peak", "forward_stage2_fused", "decode_bf16_channels_last", "fps_overlapped_222_fused"),
@@ -71,10 +76,10 @@ def results(folder):
 
 @pytest.mark.timeout(900)
 def test_a_rehearsal_runs_every_part(tmp_path):
-    done = rehearse(tmp_path)
+    done = rehearse(tmp_path, "--only", *ROWS)
     assert done.returncode == 0, done.stdout
     parts = results(tmp_path)
-    assert list(parts) == list(ROWS)
+    assert parts.keys() == ROWS.keys() | IN_COMFYUI
     for name, row in ROWS.items():
         assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) == parts[name]
         assert parts[name]["state"] == "done"
@@ -105,6 +110,16 @@ def test_a_missing_library_is_listed(tmp_path, monkeypatch):
         ("missing", "accelerate not installed"),
     ]
     assert parts["network"]["state"] == ""
+
+
+def test_without_a_comfyui_its_parts_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    done = rehearse(tmp_path / "results", "--only", "comfyui_14b")
+    assert done.returncode == 0, done.stdout
+    part = results(tmp_path / "results")["comfyui_14b"]
+    assert part["state"] == "missing"
+    assert part["note"].startswith(f"{tmp_path} is no ComfyUI checkout.")
+    assert not part["rows"]
 
 
 def test_what_overruns_or_fails_leaves_the_rest(tmp_path, plant):
@@ -145,6 +160,16 @@ def test_a_further_run_goes_on(tmp_path, plant):
     assert run(further, tmp_path)
     assert [row["name"] for part in results(tmp_path).values() for row in part["rows"]] == ["a", "B", "C"]
     assert not run(further, tmp_path, fresh=True)
+
+
+def test_what_a_part_is_of_is_kept_with_it(tmp_path, plant):
+    def on(version, code):
+        return replace(plant("one", code), about={"comfyui": version})
+
+    assert run([on("0.3.75", "row('a')"), plant("two", "")], tmp_path)
+    assert run([on("0.3.75", "sys.exit(1)")], tmp_path)  # which it had run in
+    assert not run([on("0.33.0", "sys.exit(1)")], tmp_path)
+    assert (tmp_path / "summary.md").read_text().startswith("planted on card, commit c0ffee, ComfyUI 0.33.0: one.")
 
 
 def test_a_summary_is_made_of_what_a_cut_off_run_left(tmp_path, plant):
