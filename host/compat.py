@@ -73,6 +73,12 @@ def static_clone(patcher: Any) -> Any:
     return patcher.clone(disable_dynamic=True) if knows else patcher.clone()
 
 
+def free_memory(patcher: Any, device: torch.device) -> float:
+    """Bytes free for activations; under dynamic VRAM (0.16 and later) with those of weights, which give way to them."""
+    get: Any = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return float(get(device))
+
+
 def with_own_model(clip: Any) -> Any:
     """A CLIP that encodes with the model that its patcher loads. From 0.33 on Select CLIP Device gives the patcher a
     model on another card and goes on encoding with the first one, in the computer's memory."""

@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 from typing import Any
 
 import comfy.model_patcher
+import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
@@ -205,9 +206,9 @@ def on_several_cards(
     if bare is None or bare.job != job:
         bare = _of_source[source] = _without_loras(patcher, job)
 
-    clone = patcher.clone()
-    clone.__class__ = ClusterPatcher  # the host's clone has every field of its own that there is to take over
-    vars(clone).update({name: value for name, value in vars(bare).items() if name in OF_A_MODEL})
+    clone: Any = bare.clone()
+    given = patcher.clone()  # the host's clone has every field of its own that there is to take over
+    vars(clone).update({name: value for name, value in vars(given).items() if name not in OF_A_MODEL})
     clone.parent, clone.job = bare, job
     return clone
 
@@ -218,6 +219,10 @@ def _without_loras(patcher: Any, job: Job) -> ClusterPatcher:
     model.variant, model.files, model.recipe = source.variant, source.files, source.recipe
     model.degree = len(job.cards)
     model.device = patcher.offload_device
+    # Newer hosts make a Linear's parameters only when weights are loaded, and LoRAs go by their names and shapes.
+    weights = source.diffusion_model.named_parameters()
+    shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in weights}
+    model.diffusion_model.load_state_dict(shapes, assign=True, strict=False)  # quantised layers have scales beside
     model.diffusion_model.requires_grad_(False)
     bare = ClusterPatcher(model, patcher.load_device, patcher.offload_device, patcher.model_size())
     bare.job = job

@@ -37,8 +37,11 @@ class CastTable(Table, comfy.ops.CastWeightBiasOp):
     bias = None
 
     def forward(self, device: torch.device) -> Tensor:
-        weight: Tensor = comfy.ops.cast_bias_weight(self, dtype=torch.float32, device=device)[0]
-        return weight
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, dtype=torch.float32, device=device, offloadable=True)
+        try:
+            return weight.clone()
+        finally:  # under dynamic VRAM a weight that is not given back stays on the device for good
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
 
 def lending(norm: type[torch.nn.Module]) -> type[torch.nn.Module]:

@@ -225,8 +225,11 @@ def offloaded_vae(vae: Any, how: Offloading | None) -> Iterator[Any]:
     half = vae.vae_dtype == torch.float32 and comfy.model_management.should_use_bf16(vae.device)
     dtype = torch.bfloat16 if half else vae.vae_dtype
     offloaded = copy.copy(vae)
-    offloaded.patcher = _offloaded(vae.patcher, how, dtype if half else None)
+    offloaded.patcher = _offloaded(vae.patcher, how)
     offloaded.first_stage_model = offloaded.patcher.model
+    # Where the host casts weights as it streams them in (dynamic VRAM), those of a file are still in the file's dtype.
+    if any(weight.dtype != dtype for weight in offloaded.first_stage_model.parameters()):
+        offloaded.patcher.offload(how, dtype)
     offloaded.vae_dtype = dtype
 
     def memory_used_decode(shape: Any, dtype: torch.dtype) -> float:
@@ -241,7 +244,7 @@ def offloaded_vae(vae: Any, how: Offloading | None) -> Iterator[Any]:
         release(offloaded.patcher)
 
 
-def _offloaded(patcher: Any, how: Offloading, dtype: torch.dtype | None = None) -> OffloadPatcher:
+def _offloaded(patcher: Any, how: Offloading) -> OffloadPatcher:
     """A clone of a host's patcher that offloads."""
     if is_dynamic(patcher) and patcher.cached_patcher_init is None:
         raise ValueError(
@@ -250,5 +253,5 @@ def _offloaded(patcher: Any, how: Offloading, dtype: torch.dtype | None = None) 
         )
     clone = patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
     clone.__class__ = OffloadPatcher  # the host's clone has every field of its own that there is to take over
-    clone.offload(how, dtype)
+    clone.offload(how)
     return clone

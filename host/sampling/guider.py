@@ -21,6 +21,7 @@ from ...helios_core.history import History, Memory
 from ...helios_core.regular_file import check_unchanged
 from ...helios_core.schedule import TRAIN_STEPS, stages
 from ...helios_core.video import PromptTrack, Turn
+from ..compat import free_memory
 from ..model.base_model import MEMORY_KEY, TEXT_CACHED_KEY, history_conds
 from ..model.offload_patcher import release
 from ..model.run_cache import CACHE_KEY, RunCache, can_cache, text_bytes_per_token
@@ -141,7 +142,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         if not can_cache(self.model_patcher, self.options, self.conds):
             yield
             return
-        fits = self.sampling_memory()[0] <= comfy.model_management.get_free_memory(device)
+        fits = self.sampling_memory()[0] <= free_memory(self.model_patcher, device)
         prompts = sum(cond["cross_attn"].shape[1] for conds in self.conds.values() for cond in conds)
         model = self.inner_model
         dtype = model.manual_cast_dtype or model.get_dtype()

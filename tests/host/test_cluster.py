@@ -18,6 +18,8 @@ import pytest
 import torch
 from comfy.cli_args import PerformanceFeature, args
 
+from comfyui_helios.helios_core.checkpoint import published_name
+from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.schedule import BASE
 from comfyui_helios.host.cluster import local as subject
 from comfyui_helios.host.cluster import workers as group
@@ -30,8 +32,10 @@ from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.offload_patcher import Offloading
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.nodes.cluster import HeliosMultiGPU
+from harness import oracle
 from harness.errors import difference
 from support.cluster import ON_CPU, gone, video, with_lora
+from support.quantised import block_layers, write_scaled
 from support.runs import make_distilled, run_node
 from support.videos import TOLERANCE
 
@@ -127,6 +131,17 @@ def test_loras_travel_and_offloading_is_done_by_the_workers(folder, plain):
         if thread.name.endswith("(_write)"):
             thread.join(10)
             assert not thread.is_alive()
+
+
+def test_scales_of_a_quantised_file_are_for_the_workers_alone(tmp_path):
+    """Newer hosts keep a layer's `input_scale` among the weights of the network."""
+    own = oracle.weights(oracle.transformer(0))
+    weights = {published_name(name): weight for name, weight in own.items()}
+    layers, config = block_layers(weights), TransformerConfig(**oracle.TINY)
+    more = {"blocks__0__attn1__to_q__input_scale": torch.ones(())}
+    model = load_model(str(write_scaled(tmp_path / "a.safetensors", weights, layers, config=config, **more)), "bf16")
+    remote = on_several_cards(model, ON_CPU)
+    assert {name for name, _ in remote.model.diffusion_model.named_parameters()} == own.keys()
 
 
 def test_other_loras_are_for_the_same_workers(plain, remote):
