@@ -12,7 +12,9 @@ from .printable import printable_log
 log = printable_log(__name__)
 
 WORD_JOINER = "\N{WORD JOINER}"  # which nobody sees
-NOTHING = WORD_JOINER  # takes a message back, also in web/helios_notes.js: newer pages (1.58) pass over an empty one
+NOTHING = WORD_JOINER  # takes a message back, also in web/helios_notes.js: pages pass over an empty one
+# What HTML takes for a tag or an entity, and a page for a link, or for its own mark on the way to one.
+READ_OTHERWISE = re.compile(r"<(?=[A-Za-z/!?])|&(?=[#A-Za-z])|\[(?=\[)|_(?=_LNK)")
 
 _shown: set[str] = set()  # nodes that show a message
 
@@ -65,5 +67,5 @@ def running_server() -> Any | None:
 
 def _as_text(message: str) -> str:
     """What shows as this text in every page: older ones (1.32, 1.49) put it into their HTML, newer ones (1.58) do not,
-    and both make a link of `[[label|address]]`, with a mark of their own on the way."""
-    return re.sub(r"[<&[]|_(?=_LNK)", rf"\g<0>{WORD_JOINER}", message)
+    and both make a link of `[[label|address]]`. An address with `&name=` is a link up to there only."""
+    return READ_OTHERWISE.sub(rf"\g<0>{WORD_JOINER}", message)

@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 
 const NOTHING = "\u2060" // takes back what was said
+const WIDGET = "$$node-text-preview" // the page's own
 const notes = new Map() // by the node's ids for the server: the node, and what it said last
 
 /** The node with these ids, where those of the subgraphs around it come first. */
@@ -25,10 +26,13 @@ api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
     else notes.set(ids, { node, text })
 })
 
+/** Where the page has taken a note away; it looks for nodes in the graph that is open, and shows only those of that. */
 function putBack() {
     for (const [nodeId, { node, text }] of notes) {
-        if (find(nodeId) === node) api.dispatchCustomEvent("progress_text", { nodeId, text })
-        else notes.delete(nodeId) // it was removed, or another workflow is open
+        if (find(nodeId) !== node) notes.delete(nodeId) // it was removed, or another workflow is open
+        else if (node.graph === app.canvas.graph && !node.widgets?.some(widget => widget.name === WIDGET)) {
+            api.dispatchCustomEvent("progress_text", { nodeId, text })
+        }
     }
 }
 

@@ -191,29 +191,6 @@ def test_text_is_shown_as_text_and_nothing_of_it_runs(page, graph, text):
     assert page.errors == []
 
 
-# What newer pages do when a run has ended.
-TAKE_AWAY = """() => app.api.addEventListener('execution_success', () => { for (const node of app.graph.nodes) {
-    const index = node.widgets?.findIndex(widget => widget.name === '$$node-text-preview') ?? -1
-    if (index < 0) continue
-    node.widgets[index].onRemove?.()
-    node.widgets.splice(index, 1) } }, {once: true})"""
-SAY_AGAIN = "text => app.api.dispatchCustomEvent('progress_text', {nodeId: '1', text})"
-END = "() => app.api.dispatchCustomEvent('execution_success', {prompt_id: 'another'})"
-
-
-@pytest.mark.browser
-def test_what_a_node_says_stays_until_it_is_taken_back(page):
-    page.load_api(shown(prompt(1)))
-    page.page.evaluate(TAKE_AWAY)
-    assert page.run()["kind"] == "execution_success"
-    page.page.wait_for_function(SAYS, arg="2 of 2: ", timeout=10_000)
-    page.page.evaluate(SAY_AGAIN, "\u2060")
-    page.page.evaluate(TAKE_AWAY)
-    page.page.evaluate(END)
-    page.page.wait_for_timeout(200)
-    assert not page.page.evaluate(SAYS, "2 of 2: ")
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize(
     "node, widget",
