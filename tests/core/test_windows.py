@@ -1,5 +1,6 @@
 """What Windows does otherwise, on files and programs without ComfyUI: open files, its console, the embedded Python."""
 
+import errno
 import mmap
 import os
 import re
@@ -41,7 +42,7 @@ def test_a_new_file_that_is_looked_at_for_a_moment_gets_its_name(tmp_path, monke
         if len(waited) == 2:
             scanner.close()
 
-    monkeypatch.setattr(regular_file.time, "sleep", wait)
+    monkeypatch.setattr(regular_file, "sleep", wait)
     with windows_files():
         put_in_place(part, target)
     assert (len(waited), target.read_bytes(), part.exists()) == (2, b"new", False)
@@ -53,10 +54,20 @@ def test_a_file_that_stays_in_use_is_told_in_the_end(tmp_path, monkeypatch):
     part.write_bytes(b"new")
     target.write_bytes(b"old")
     waited = []
-    monkeypatch.setattr(regular_file.time, "sleep", waited.append)
+    monkeypatch.setattr(regular_file, "sleep", waited.append)
     with windows_files(), target.open("rb"), pytest.raises(PermissionError, match="used by another process"):
         put_in_place(part, target)
     assert 1 < sum(waited) < 10
+
+
+def test_what_other_systems_refuse_is_not_waited_for(tmp_path, monkeypatch):
+    def refuse(part, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as in a sticky folder, of another's file
+
+    monkeypatch.setattr(regular_file.os, "replace", refuse)
+    monkeypatch.setattr(regular_file, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(PermissionError, match="not permitted"):
+        put_in_place(tmp_path / "a.part", tmp_path / "a")
 
 
 @needs_proc

@@ -13,6 +13,7 @@ import pytest
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux tells what is open")
 
+SHARING_VIOLATION = 32
 CHANGED = {"replace": 2, "rename": 2, "unlink": 1, "remove": 1}  # functions of os, and how many paths each is given
 
 
@@ -29,7 +30,9 @@ def refusing(function: Callable[..., None], paths: int) -> Callable[..., None]:
     def checked(*args: Any, **kwargs: Any) -> None:
         for path in args[:paths]:
             if not kwargs and is_held(path):  # with them it is a name in an open folder
-                raise PermissionError(errno.EACCES, "The file is used by another process", str(path))
+                error = PermissionError(errno.EACCES, "The file is used by another process", str(path))
+                error.winerror = SHARING_VIOLATION
+                raise error
         function(*args, **kwargs)
 
     return checked
