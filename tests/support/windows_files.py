@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,13 @@ def refusing(function: Callable[..., None], paths: int) -> Callable[..., None]:
 def is_held(path: Any) -> bool:
     """Whether this process has the file open or mapped."""
     real = os.path.realpath(path)
-    opened = (Path("/proc/self/fd") / number for number in os.listdir("/proc/self/fd"))
-    return any(real == os.readlink(each) for each in opened if os.path.lexists(each)) or any(
-        line.rstrip().endswith(f" {real}") for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    )
+    if real in opened_files():
+        return True
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return any(line.rstrip().endswith(f" {real}") for line in maps)
+
+
+def opened_files() -> Iterator[str]:
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # another thread may close it on the way, and listing has one of its own
+            yield os.readlink(f"/proc/self/fd/{number}")
