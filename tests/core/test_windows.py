@@ -3,7 +3,6 @@
 import errno
 import mmap
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,17 +16,6 @@ from support.scripts import SCRIPTS
 from support.windows_files import needs_proc, windows_files
 
 PROGRAMS = ["convert_checkpoint", "convert_lora"]
-SHIPPED = ("helios_core", "host", "nodes", "web", "locales", "models", "workflows", "subgraphs", "scripts", "docs")
-NO_NAME = re.compile(r'.*[<>:"|?*\\].*|.*[ .]|(con|nul|aux|prn|com\d|lpt\d)(\..*)?', re.I)
-ROOM = 150  # characters of 260, beside the folder that ComfyUI is in
-
-
-def test_every_file_that_ships_has_a_name_there_and_one_of_its_own():
-    root = SCRIPTS.parent
-    files = [path.relative_to(root) for folder in SHIPPED for path in (root / folder).rglob("*")]
-    assert len(files) > 100
-    assert not [str(path) for path in files if NO_NAME.fullmatch(path.name) or len(str(path)) > ROOM]
-    assert len({str(path).lower() for path in files}) == len(files)
 
 
 @needs_proc
