@@ -206,9 +206,10 @@ class Offloader:
             slot.arrival.exception()  # of a copy that nobody came for
         for weight in slot.group.weights if slot.group else ():
             weight.place(weight.own)
-        slot.group, slot.placed = group, False
+        slot.group, slot.placed = None, False
         self.moved += group.size
         slot.arrival = self._worker.submit(self._copy, group, slot)
+        slot.group = group  # only now: an interrupt may have come out of it
         self.peak = max(self.peak, self.used)
 
     def _receive(self, slot: _Slot) -> None:
@@ -284,7 +285,7 @@ class _AtOnce(Executor):
         done: Future[Any] = Future()
         try:
             done.set_result(function(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
+        except Exception as error:  # noqa: BLE001 - it is raised again where it is waited for
             done.set_exception(error)
         return done
 
