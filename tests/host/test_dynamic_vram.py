@@ -244,6 +244,17 @@ def test_a_lent_norm_stays_until_it_is_given_back(folder):
         assert vram.there == 0
 
 
+def test_the_values_of_a_table_outlast_its_weights_on_the_card(folder):
+    with dynamic_vram() as vram:
+        model = load_model(str(folder), "bf16")
+        latents(model)
+        table = model.model.diffusion_model.blocks[0].scale_shift_table
+        values = table(CARD)
+        vram.models[0].free_memory(1e12)
+        assert vram.there == 0
+        assert torch.equal(values.cpu(), table.weight)
+
+
 def test_prompts_are_kept_in_the_next_run_too(folder, monkeypatch):
     """Weights of the run before fill the card then, and give way."""
     limits, needed = [], []
