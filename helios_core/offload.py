@@ -16,12 +16,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+from .devices import TWO_THREADS
 from .offload_groups import Group, HostBuffer, Weight, block_lists, plan_groups, read_ahead, single_layers
 
 Level = Literal["block", "leaf"]
 
-# Devices that two threads may use at a time. Apple's ends the process, the others were never tried.
-TWO_THREADS = ("cpu", "cuda")
 KEEP_BELOW = 1 << 20  # bytes; groups smaller than this are not worth the trip
 
 Transform = Callable[[Tensor], Tensor]

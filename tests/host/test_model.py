@@ -291,8 +291,9 @@ def without_float8(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype in plain)
 
 
-def test_float8_on_a_device_without_it_is_refused(folder, without_float8):
-    with pytest.raises(ValueError, match="dtype is fp8_e4m3fn, and cpu has no such numbers. Choose auto, bf16 or fp16"):
+def test_float8_on_a_device_without_it_is_refused(folder, without_float8, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("privateuseone"))
+    with pytest.raises(ValueError, match="is fp8_e4m3fn, and DirectML has no such numbers. Choose auto, bf16 or fp16"):
         load_model(str(folder), "fp8_e4m3fn")
 
 
