@@ -118,7 +118,7 @@ def test_block_patches_replace_a_block(model):
 
     plain = sample(model, QUICK)["samples"]
     clone.set_model_patch_replace(keep, "dit", "double_block", 1)
-    assert torch.equal(sample(clone, QUICK)["samples"], plain)
+    assert difference(sample(clone, QUICK)["samples"], plain) <= TOLERANCE  # the last computes all rows then
     clone.set_model_patch_replace(skip, "dit", "double_block", 1)
     assert not torch.allclose(sample(clone, QUICK)["samples"], plain)
     assert seen == [1, 1, 1]
