@@ -18,7 +18,7 @@ import torch
 from attention import first_line
 from card import device
 from measure import ROOT, Peak
-from memory_gpu import GB, TINY, write_weights
+from memory_gpu import GB, TINY, save_whole, write_weights
 from parts import MissingError, require
 
 from harness.host import Host, HostError, comfyui_path
@@ -136,7 +136,7 @@ def make_models(models: Path, tiny: bool) -> None:
     Raises MissingError where libraries are missing, or what they need.
     """
     config = TransformerConfig(**(TINY if tiny else {}))
-    if not (models / VAE).exists():  # the last of those that are made here
+    if not (models / VAE).exists():  # the last of those that are made here, and whole if it is there
         try:
             make_text_encoder(models / FOLDER, config.text_dim)
             make_lora(models / LORA, config)
@@ -163,8 +163,6 @@ def make_text_encoder(folder: Path, width: int) -> None:
 
 def make_lora(file: Path, config: TransformerConfig) -> None:
     """For every matrix of the blocks."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     made = {}
     for name, weight in HeliosTransformer(config, device="meta").blocks.named_parameters():
@@ -172,16 +170,12 @@ def make_lora(file: Path, config: TransformerConfig) -> None:
             layer = published_name(f"blocks.{name}").removesuffix(".weight")
             for matrix, shape in {"A": (RANK, weight.shape[1]), "B": (weight.shape[0], RANK)}.items():
                 made[f"transformer.{layer}.lora_{matrix}.weight"] = LORA_SCALE * torch.randn(shape).bfloat16()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(made, file)
+    save_whole(file, made)
 
 
 def make_vae(file: Path, dim: int) -> None:
-    from safetensors.torch import save_file
-
     vae = decode.host_vae(dim, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.bfloat16() for name, weight in vae.state_dict().items()}, file)
+    save_whole(file, {name: weight.bfloat16() for name, weight in vae.state_dict().items()})
 
 
 def graph(host: Host, tiny: bool, chunks: int) -> Graph:

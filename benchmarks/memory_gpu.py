@@ -19,6 +19,7 @@ import torch
 from card import TEXT_LENGTH, device, random
 from measure import Peak, Row
 from parts import require
+from torch import Tensor
 
 from helios_core.checkpoint import CONFIG_KEY, published_name, target_dtypes
 from helios_core.config import NATIVE_HEIGHT, NATIVE_WIDTH, SPATIAL_SCALE, TransformerConfig
@@ -79,8 +80,6 @@ def rows(case: str, file: Path, tiny: bool, size: tuple[int, int] | None = None)
 
 
 def write_weights(file: Path, config: TransformerConfig) -> None:
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     dtypes = target_dtypes(config, torch.bfloat16)
     empty = HeliosTransformer(config, dtype=torch.bfloat16, device="meta").state_dict()
@@ -89,7 +88,14 @@ def write_weights(file: Path, config: TransformerConfig) -> None:
         for name, tensor in empty.items()
     }
     weights = {published_name(name): weight for name, weight in weights.items()}
+    save_whole(file, weights, {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())})
+
+
+def save_whole(file: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A file that is there is all there, whenever writing it was cut off."""
+    from safetensors.torch import save_file
+
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".new")
-    save_file(weights, unfinished, {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())})
+    save_file(weights, unfinished, metadata)
     unfinished.replace(file)

@@ -21,14 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .devices import too_old_for_triton
 from .rope import apply_rope_
 
 if TYPE_CHECKING:
     from .layers import Modulation
 
 logger = logging.getLogger(__name__)
-
-TRITON_CAPABILITY = (7, 0)  # the least compute capability that Triton is made for
 
 
 def modulated_norm(x: Tensor, shift: Modulation, scale: Modulation, eps: float) -> Tensor:
@@ -106,7 +105,4 @@ def _untried(device: torch.device) -> str | None:
     """What keeps a card from being one on which the kernels are known to run; None for those."""
     if torch.version.hip:
         return "on AMD cards they were never tried."
-    capability = torch.cuda.get_device_capability(device)
-    if capability < TRITON_CAPABILITY:
-        return f"Triton needs compute capability 7.0, and {device} has {capability[0]}.{capability[1]}."
-    return None
+    return too_old_for_triton(device)

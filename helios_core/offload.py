@@ -16,12 +16,11 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+from .devices import TWO_THREADS
 from .offload_groups import Group, HostBuffer, Weight, block_lists, plan_groups, read_ahead, single_layers
 
 Level = Literal["block", "leaf"]
 
-# Devices that two threads may use at a time. Apple's ends the process, the others were never tried.
-TWO_THREADS = ("cpu", "cuda")
 KEEP_BELOW = 1 << 20  # bytes; groups smaller than this are not worth the trip
 
 Transform = Callable[[Tensor], Tensor]
@@ -206,9 +205,10 @@ class Offloader:
             slot.arrival.exception()  # of a copy that nobody came for
         for weight in slot.group.weights if slot.group else ():
             weight.place(weight.own)
-        slot.group, slot.placed = group, False
+        slot.group, slot.placed = None, False
         self.moved += group.size
         slot.arrival = self._worker.submit(self._copy, group, slot)
+        slot.group = group  # only now: an interrupt may have come out of it
         self.peak = max(self.peak, self.used)
 
     def _receive(self, slot: _Slot) -> None:
@@ -284,7 +284,7 @@ class _AtOnce(Executor):
         done: Future[Any] = Future()
         try:
             done.set_result(function(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
+        except Exception as error:  # noqa: BLE001 - it is raised again where it is waited for
             done.set_exception(error)
         return done
 

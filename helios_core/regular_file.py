@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import BinaryIO
 
 from .quoting import printable
@@ -22,6 +21,7 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 AGAIN_AFTER = (0.1, 0.4, 1.5, 3.0)  # s
+IN_USE = (5, 32)  # Windows' numbers for it: access is denied, and a sharing violation
 
 
 class CheckpointError(ValueError):
@@ -91,13 +91,16 @@ def put_in_place(part: Path, target: Path) -> None:
     """Give a finished file its name, in place of what has it.
 
     Windows refuses while a program has either of them open, as virus scanners have whatever is new: then again, for
-    some seconds.
+    some seconds. What other systems refuse they refuse for good.
     """
     for seconds in AGAIN_AFTER:
-        with contextlib.suppress(PermissionError):
+        try:
             os.replace(part, target)
             return
-        time.sleep(seconds)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in IN_USE:
+                raise
+        sleep(seconds)
     os.replace(part, target)
 
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Where a pair is rotated as one complex number: one pass over memory, not eight. Inductor writes no code for those.
-COMPLEX = ("cpu", "cuda")
+from .devices import COMPLEX
 
 
 def pad_to_multiple(x: Tensor, multiple: tuple[int, int, int]) -> Tensor:
@@ -57,6 +56,7 @@ def apply_rope_(x: Tensor, table: Tensor) -> Tensor:
     """
     cos, sin = table.unsqueeze(2)  # (S, 1, head_dim / 2)
     pairs = x.float().unflatten(-1, (-1, 2))
+    # A pair as one complex number: one pass over memory, not eight. Inductor writes no code for those.
     if x.device.type in COMPLEX and not torch.compiler.is_compiling():
         torch.view_as_complex(pairs).mul_(torch.complex(cos, sin))
         return pairs.flatten(-2).to(x.dtype)

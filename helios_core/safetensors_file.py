@@ -91,10 +91,13 @@ def _map(source: FileFacts, start: int, length: int) -> mmap.mmap:
                 return mmap.mmap(stream.fileno(), length, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
             return mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
         except OSError as error:
-            raise CheckpointError(
-                f"{source.path} cannot be mapped into memory ({error.strerror}). On Windows its {length / 1e9:.1f} GB "
-                "count in full: make the paging file larger, or let Windows choose its size."
-            ) from error
+            advice = "Free some memory, or copy the file to a local disk: not every file system can do it."
+            if sys.platform == "win32":
+                advice = (
+                    f"Windows counts its {length / 1e9:.1f} GB in full: make the paging file larger, or let Windows "
+                    "choose its size."
+                )
+            raise CheckpointError(f"{source.path} cannot be mapped into memory ({error.strerror}). {advice}") from error
 
 
 def _view(memory: mmap.mmap, stored: StoredTensor, start: int) -> Tensor:

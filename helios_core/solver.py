@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NO_FLOAT64 = ("mps", "xpu", "privateuseone")  # Apple, Intel, DirectML
+from .devices import NO_FLOAT64
+
 SIGMA_MIN = 1e-8  # keeps log(sigma) finite at the end of a stage
 
 

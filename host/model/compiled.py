@@ -13,7 +13,7 @@ import torch._dynamo.utils
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from ...helios_core.elementwise import TRITON_CAPABILITY
+from ...helios_core.devices import name_of, too_old_for_triton
 from ..compat import static_clone
 from ..messages import Notes
 from .base_model import HeliosModel
@@ -29,17 +29,15 @@ RECOMPILE_LIMIT = 64
 def why_not(device: torch.device, backend: str) -> str | None:
     """What compiling for this device lacks on this machine; None if it can be done."""
     if backend == "cudagraphs" and device.type != "cuda":
-        return f"CUDA graphs need an NVIDIA GPU, and the model runs on {device.type}."
+        return f"CUDA graphs need an NVIDIA GPU, and the model runs on {name_of(device)}."
     if backend != "inductor":
         return None
     if device.type not in ("cpu", "cuda", "xpu"):
-        return f"compiling was never tried on {device.type}."
+        return f"compiling was never tried on {name_of(device)}."
     if device.type != "cpu" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (on Windows: pip install triton-windows)."
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < TRITON_CAPABILITY:
-            return f"Triton needs a GPU of compute capability 7.0, this one has {capability[0]}.{capability[1]}."
+        return too_old_for_triton(device)
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS)):
         return f"there is no C++ compiler ({', '.join(COMPILERS)})."
     return None

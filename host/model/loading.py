@@ -20,6 +20,7 @@ import comfy.utils
 import torch
 
 from ...helios_core.checkpoint import Checkpoint, loaded_dtypes, open_checkpoint
+from ...helios_core.devices import name_of
 from ...helios_core.loading import load_weights
 from ..compat import offer_lora_names, usual_patcher
 from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
@@ -47,7 +48,7 @@ def choose_dtype(choice: DtypeChoice, checkpoint: Checkpoint) -> torch.dtype:
         choice = "auto"
     management, device = comfy.model_management, comfy.model_management.get_torch_device()
     if choice == "fp8_e4m3fn" and not management.supports_cast(device, DTYPES[choice]):
-        raise ValueError(f"dtype is fp8_e4m3fn, and {device.type} has no such numbers. Choose auto, bf16 or fp16.")
+        raise ValueError(f"dtype is fp8_e4m3fn, and {name_of(device)} has no such numbers. Choose auto, bf16 or fp16.")
     if choice != "auto":
         return DTYPES[choice]
     parameters: Counter[torch.dtype] = Counter()

@@ -39,7 +39,7 @@ class CastTable(Table, comfy.ops.CastWeightBiasOp):
     def forward(self, device: torch.device) -> Tensor:
         weight, bias, stream = comfy.ops.cast_bias_weight(self, dtype=torch.float32, device=device, offloadable=True)
         try:
-            return weight.clone()
+            return weight.clone()  # once given back it may be taken away at once, or what it lies in be used again
         finally:  # under dynamic VRAM a weight that is not given back stays on the device for good
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 

@@ -10,13 +10,14 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...helios_core.checkpoint import Checkpoint
+from ...helios_core.devices import name_of
 from ...helios_core.loading import replace_quantised
 from ...helios_core.regular_file import CheckpointError
 from ..compat import Settings, quantised_formats, quantised_linear, quantised_marks
 
 # The oldest ComfyUI that was seen to compute with a format.
 SINCE = {"float8_e5m2": "0.24", "mxfp8": "0.24", "nvfp4": "0.24", "int8_tensorwise": "0.33"}
-HAVE_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4")  # as weights or as scales
+IN_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4")  # their weights, or the scales of them
 
 
 class InEitherMode(nn.Module):
@@ -45,9 +46,9 @@ def check_formats(checkpoint: Checkpoint) -> None:
     known, device = quantised_formats(), comfy.model_management.get_torch_device()
     has_float8 = comfy.model_management.supports_cast(device, torch.float8_e4m3fn)
     for name, layer in checkpoint.quantised_blocks.items():
-        if layer.format in HAVE_FLOAT8 and not has_float8:
+        if layer.format in IN_FLOAT8 and not has_float8:
             raise CheckpointError(
-                f"{checkpoint.path} has {name} in {layer.format}, and {device.type} has no such numbers. Use bf16 "
+                f"{checkpoint.path} has {name} in {layer.format}, and {name_of(device)} has no such numbers. Use bf16 "
                 "weights."
             )
         if layer.format not in known:

@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ...helios_core.offload import TWO_THREADS
+from ...helios_core.devices import TWO_THREADS
 from ..compat import is_dynamic
 from ..sampling.guider import HeliosGuider
 

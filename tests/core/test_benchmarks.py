@@ -69,3 +69,17 @@ def test_medians_are_taken_in_turns():
     order = []
     in_turns(lambda: order.append("A"), lambda: order.append("B"), turns=3)
     assert "".join(order) == "ABABAB"
+
+
+def test_weights_whose_writing_was_cut_off_are_not_there(monkeypatch, tmp_path):
+    import safetensors.torch
+    from memory_gpu import save_whole
+
+    def cut_off(weights, file, metadata):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save_file", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        save_whole(tmp_path / "vae" / "a.safetensors", {})
+    assert not list(tmp_path.glob("**/*.safetensors"))

@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_helios.helios_core import elementwise, layers, rope, solver
 from comfyui_helios.helios_core import generate as loop
@@ -28,6 +30,7 @@ from support.pretended_card import (
     check_step,
     needs_cuda_build,
     pretended_card,
+    tensors_in,
     watch_dtypes,
     without_wide_numbers,
 )
@@ -129,9 +132,26 @@ def test_on_such_a_card_either_is_noticed(card, monkeypatch, there, told):
             sample(QUICK, chunks=1)
 
 
-def test_which_cards_those_are():
-    assert solver.NO_FLOAT64 == ("mps", "xpu", "privateuseone")
-    assert not set(rope.COMPLEX) & {*solver.NO_FLOAT64}
+class Dtypes(TorchDispatchMode):
+    """Of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {x.dtype for x in tensors_in((result,))}
+        return result
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_apples_and_intels_are_such_cards(kind):
+    with FakeTensorMode(), Dtypes() as dtypes:
+        x = torch.zeros(1, 4, 2, 8, device=kind)
+        solver.dmd_step(x, x, 0.9, 0.5, x)
+        rope.apply_rope_(x, torch.zeros(2, 4, 4, device=kind))
+    assert dtypes.seen == {torch.float32}
 
 
 def noise_left_behind(latents, alpha, beta, gamma, rng):

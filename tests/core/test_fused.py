@@ -8,6 +8,13 @@ import torch
 from comfyui_helios.helios_core import elementwise
 
 
+@pytest.fixture(autouse=True)
+def _found_out_anew():
+    elementwise._fused.cache_clear()
+    yield
+    elementwise._fused.cache_clear()
+
+
 def test_a_processor_has_none():
     with torch.inference_mode():
         assert elementwise.fused_where_possible(torch.zeros(1, 2, 4)) is elementwise
@@ -19,15 +26,11 @@ def test_cards_on_which_triton_may_end_the_process_have_none(monkeypatch, hip, c
     monkeypatch.setattr(fused, "try_out", lambda device: pytest.fail("tried out"))
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    elementwise._fused.cache_clear()
     assert elementwise._fused(torch.device("cuda:0")) is None
-    elementwise._fused.cache_clear()
 
 
 def test_without_triton_there_are_none(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton.runtime.errors", None)
-    elementwise._fused.cache_clear()
     with torch.inference_mode():
         assert elementwise.fused_where_possible(torch.zeros(1, 2, 4)) is elementwise
-    elementwise._fused.cache_clear()

@@ -142,6 +142,24 @@ def test_on_devices_for_one_thread_at_a_time_there_is_no_other(model, inputs, ex
     assert set(threads) == {threading.main_thread()}
 
 
+def test_an_interrupt_there_comes_out_at_once_and_the_next_run_goes_well(model, inputs, expected, monkeypatch):
+    copied = []
+
+    def interrupted(self, group, slot):
+        copied.append(group)
+        if len(copied) == len(self.groups) + 1:  # ahead of time, for a run that may never come
+            raise KeyboardInterrupt
+        copy(self, group, slot)
+
+    copy = Offloader._copy
+    monkeypatch.setattr(Offloader, "_copy", interrupted)
+    monkeypatch.setattr(subject, "TWO_THREADS", ())
+    with torch.inference_mode(), Offloader(model, "cpu", keep_below=0):
+        with pytest.raises(KeyboardInterrupt):
+            model(*inputs)
+        assert torch.equal(model(*inputs), expected)
+
+
 def test_order_is_learnt():
     """Called in another order than built, layers are still foreseen from the second time on."""
     layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))

@@ -13,6 +13,8 @@ from pathspec import GitIgnoreSpec
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_NAME = re.compile(r'.*[<>:"|?*\\].*|.*[ .]|(con|nul|aux|prn|com\d|lpt\d)(\..*)?', re.I)  # on Windows
+ROOM = 150  # characters of its 260, beside the folder that ComfyUI is in
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -116,6 +118,11 @@ def test_the_archive_holds_the_pack_and_its_weights_but_not_their_making(archive
     assert sorted(weights) == [("models", "Helios-Tiny", part) for part in ("text_encoder", "vae")] + transformers
     assert {"models/Helios-Tiny/tokenizer/spiece.model", "workflows/helios_first_run.json", "__init__.py"} <= archive
     assert not {name.split("/")[0] for name in archive} & {"training", "tests", "benchmarks"}
+
+
+def test_every_file_has_a_name_that_windows_can_keep_and_tells_from_all_others(archive):
+    assert not [name for name in archive if len(name) > ROOM or any(map(NO_NAME.fullmatch, name.split("/")))]
+    assert len({name.lower() for name in archive}) == len(archive)
 
 
 def test_no_link_is_shipped(archive):

@@ -155,6 +155,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         (torch.device("xpu"), "inductor", "triton", "Triton is not installed"),
         (torch.device("xpu"), "inductor", None, None),
         (torch.device("mps"), "inductor", None, "compiling was never tried on mps"),
+        (torch.device("privateuseone"), "inductor", None, "compiling was never tried on DirectML"),
         (CPU, "cudagraphs", None, "CUDA graphs need an NVIDIA GPU, and the model runs on cpu"),
         (CPU, "inductor", "compiler", "there is no C++ compiler"),
         (CPU, "inductor", None, None),

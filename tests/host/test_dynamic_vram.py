@@ -50,8 +50,13 @@ from support.streams import Parts, beginning, stream_video, watched
 pytestmark = needs_cuda_build
 
 STRENGTH = 0.7
-# Room for all of the network's 160 pages, in bf16; for all, but some are taken at random; for few; for most, and that.
-TIMES = {"ample": {}, "random": {"churn": 0}, "short": {"pages": 40}, "both": {"pages": 120, "churn": 1}}
+TIMES = {  # of the network's 160 pages, in bf16
+    "ample": {},
+    "random": {"churn": 0},  # there is room for all, but some are taken
+    "short": {"pages": 40},
+    "none": {"pages": 0},
+    "both": {"pages": 120, "churn": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ def test_latents_are_the_same(folder, expected_latents, times):
         model = load_model(str(folder), "bf16")
         assert is_dynamic(model)
         assert torch.equal(latents(model, chunks=2), expected_latents)
-        assert bool(vram.evicted) == bool(times)
+        assert bool(vram.evicted) == (times not in (TIMES["ample"], TIMES["none"]))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +247,17 @@ def test_a_lent_norm_stays_until_it_is_given_back(folder):
             vram.models[0].free_memory(1e12)
             assert torch.equal(weight.cpu(), norm.weight)
         assert vram.there == 0
+
+
+def test_the_values_of_a_table_outlast_its_weights_on_the_card(folder):
+    with dynamic_vram() as vram:
+        model = load_model(str(folder), "bf16")
+        latents(model)
+        table = model.model.diffusion_model.blocks[0].scale_shift_table
+        values = table(CARD)
+        vram.models[0].free_memory(1e12)
+        assert vram.there == 0
+        assert torch.equal(values.cpu(), table.weight)
 
 
 def test_prompts_are_kept_in_the_next_run_too(folder, monkeypatch):

@@ -71,8 +71,9 @@ def test_without_comfy_kitchen_nothing_quantised_runs_on_a_newer_host(tmp_path, 
 
 def test_float8_on_a_device_without_it_is_refused(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("privateuseone"))
     file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=CONFIG)
-    with pytest.raises(CheckpointError, match=r"in float8_e4m3fn, and cpu has no such numbers\. Use bf16 weights"):
+    with pytest.raises(CheckpointError, match=r"in float8_e4m3fn, and DirectML has no such numbers\. Use bf16 weights"):
         load_model(str(file))
 
 

@@ -57,7 +57,7 @@ def test_a_new_video_that_a_virus_scanner_looks_at_is_waited_for(tmp_path, monke
     file = VideoFile(tmp_path, 24, 18, "8")
     file.write(torch.rand(99, 64, 64, 3))
     scanner = file.part.open("rb")
-    monkeypatch.setattr(regular_file.time, "sleep", lambda seconds: scanner.close())
+    monkeypatch.setattr(regular_file, "sleep", lambda seconds: scanner.close())
     assert file.finish().is_file()
 
 
@@ -92,7 +92,7 @@ def test_a_run_that_was_cut_off_goes_on_over_a_damaged_chunk_that_somebody_reads
     [run] = (tmp_path / "helios_resume").iterdir()
     (run / "chunk_00002.safetensors").write_bytes(b"damaged")
     reader = (run / "chunk_00002.safetensors").open("rb")
-    monkeypatch.setattr(regular_file.time, "sleep", lambda seconds: reader.close())
+    monkeypatch.setattr(regular_file, "sleep", lambda seconds: reader.close())
     [resumed], _ = stream_video(parts, beginning(99), **resume)
     assert packets(resumed.get_stream_source()) == packets(whole.get_stream_source())
 

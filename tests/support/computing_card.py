@@ -3,6 +3,8 @@
 What is done with them the CPU's kernels do, so that a run has the very numbers that it has without a card; and it is
 done only where a card would do it: a tensor that was left on the CPU is an AssertionError. Here no two things happen at
 once, as they do on a card.
+
+For what comes out of a run there. What crosses between host and card: `support.pretended_card`.
 """
 
 from __future__ import annotations

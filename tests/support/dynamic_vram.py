@@ -8,6 +8,7 @@ it also takes pages at random whenever weights are asked for: who holds on to we
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,7 +37,7 @@ ROOM = 64 * 1024**3
 class Vram:
     """The card's memory, as far as the host keeps track of it."""
 
-    def __init__(self, pages: int | None = None, churn: int | None = None) -> None:
+    def __init__(self, pages: float = math.inf, churn: int | None = None) -> None:
         """pages: of weights that may be there at once; churn: a seed."""
         self.pages, self.size = pages, ROOM
         self.churn = None if churn is None else random.Random(churn)
@@ -65,8 +66,8 @@ class Vram:
             for page in sorted(model.there):
                 if self.churn and self.churn.random() < CHURN:
                     model.evict(page)
-        for model in self.models if self.pages else ():
-            while self.pages and self.there + missing > self.pages and model.watermark:
+        for model in self.models:
+            while self.there + missing > self.pages and model.watermark:
                 model.lower()
 
 
@@ -212,7 +213,7 @@ def stand_ins(vram: Vram) -> dict[str, Any]:
 
 @contextmanager
 def host_with_card(
-    dynamic: bool = True, pages: int | None = None, churn: int | None = None, small_ones_too: bool = True
+    dynamic: bool = True, pages: float = math.inf, churn: int | None = None, small_ones_too: bool = True
 ) -> Iterator[Vram]:
     """A host with a card to compute on, with dynamic VRAM or without. pages, churn: see `Vram`. small_ones_too: modules
     are streamed that only our tiny networks have so small."""

@@ -2,6 +2,8 @@
 
 What lies on the CPU is real: schedules, noise and files are what they are. What lies on the card has a shape, a dtype
 and a device, and no values. What comes down from it is zeros; a number that is asked of it is 1, an answer True.
+
+For what lies where, and how often anything waits. Where values matter: `support.computing_card`.
 """
 
 from __future__ import annotations
