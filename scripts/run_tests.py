@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "build" / "reports"
 
-# Suites of one round run side by side, AT_ONCE at a time, the longest first. A browser and its server want both cores, but
-# wait a good deal: beside them runs what only computes.
+# Suites of one round run side by side, AT_ONCE at a time, the longest first. A browser and its server want both cores,
+# but wait a good deal: beside them runs what only computes.
 ROUNDS = (("host", "core", "server", "faults"), ("page", "meaning"))
 # A suite is a folder of tests/, but for these: what a marker selects of one.
 SELECTED = {"server": ("server", "not browser"), "page": ("server", "browser")}
