@@ -27,6 +27,8 @@ IN_USE = (5, 32)  # Windows' numbers for it: access is denied, and a sharing vio
 class CheckpointError(ValueError):
     """A checkpoint cannot be read. The message names the file, what is wrong with it and what to do."""
 
+    __module__ = "builtins"  # ComfyUI shows it before the message, and for a pack it is a path
+
     def __init__(self, message: str):
         super().__init__(printable(message))
 

@@ -29,6 +29,8 @@ ASKED = re.compile(r"(?:tried to allocate|invalid buffer size:) (\d+ bytes|[\d.]
 class OutOfMemory(comfy.model_management.OOM_EXCEPTION):
     """Told in one sentence. The host then unloads all models, which it does not for errors of the CPU's allocator."""
 
+    __module__ = "builtins"  # ComfyUI shows it before the message, and for a pack it is a path
+
 
 def ran_out(what: str, said: str, cure: str = CURE) -> OutOfMemory:
     """what: ran out of memory; said: in the words of who has it."""

@@ -168,6 +168,7 @@ class HeliosStreamVideo(io.ComfyNode):
             check_steerable(clip, positive)
         trim = trim and not until_finished
         first, end = shown_frames(latent, guider.run.chunks, trim, drop_first)
+        least = end - first
         steering = Steering(prompts=clip is not None, endless=until_finished)
         if until_finished:
             end, guider.run = sys.maxsize, replace(guider.run, more=steering.goes_on)
@@ -181,8 +182,8 @@ class HeliosStreamVideo(io.ComfyNode):
         picked_up = pick_up(guider, prompt, node_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
             writer = VideoWriter(decoder, guider.run.chunk_shape[0], (first, end), fps, crf, bit_depth, live)
-            frames = None if until_finished else end - first
-            watched = Watched(node_id, workflow_id(cls.hidden.extra_pnginfo), frames)
+            frames = None if until_finished else least
+            watched = Watched(node_id, workflow_id(cls.hidden.extra_pnginfo), frames, least)
             with on_air(writer.live, watched, steering) if writer.live else nullcontext():
                 files, tail = OnePass(guider, writer, overlap_decode == "auto", saved, prompts).run()
         return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))

@@ -83,7 +83,8 @@ export class Steering {
         this.finishButton.textContent = finishing ? words().finishing : words().finish
         shown(this.link, session?.script)
         if (session) this.link.href = api.apiURL(`/helios/live/${session.id}.json`)
-        this.say(running ? (this.answer ?? (waiting ? words().waiting : (refusal ?? ""))) : "")
+        const early = finishing && session.written < session.least ? words().least(session.least) : ""
+        this.say(running ? (this.answer ?? (waiting ? words().waiting : (refusal ?? early))) : "")
         this.list(applied)
         const asks = running && (prompts || endless)
         shown(this.line, asks || session?.script, "flex")

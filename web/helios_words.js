@@ -18,6 +18,7 @@ export function words() {
         numbers: (made, all) => filled(all === null ? "made" : "numbers", { made, all }),
         buffered: seconds => filled("buffered", { seconds }),
         speed: (chunks, times) => filled("speed", { chunks, times }),
+        least: frames => filled("least", { frames }),
         applied: (after, transition) => filled("applied", { after, transition: Math.max(1, transition) }),
     }
 }

@@ -25,6 +25,7 @@ class Watched:
     node_id: str  # with those of the subgraphs around it: "5:12"
     workflow: str | None  # node ids are a workflow's own; None for a graph that no page has queued
     frames: int | None  # None where nobody has said yet when it is to end
+    least: int = 0  # frames that it has at least, whoever says so
 
 
 @dataclass
@@ -45,6 +46,7 @@ class LiveSession:
             "workflow": self.watched.workflow,
             "state": self.state,
             "frames": self.watched.frames,
+            "least": self.watched.least,
             "written": self.file.frames,
             "fps": float(self.file.rate),
             "rate": self.file.rate_of_frames,

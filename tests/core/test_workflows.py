@@ -46,6 +46,12 @@ def test_a_model_that_can_be_downloaded_has_its_address_and_every_other_one_a_no
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_each_opening_is_a_workflow_of_its_own(name):
+    """By its id the page would know the newest live video of whoever has opened the same file."""
+    assert "id" not in read_workflow(name)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_note_can_be_read_on_its_yellow_node(name):
     """Nodes 2.0 (1.49) writes `code` within a line in blue on blue there; a block of code is white."""
     notes = [node["widgets_values"][0] for node in nodes(name) if node["type"] == "MarkdownNote"]

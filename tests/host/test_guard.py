@@ -8,13 +8,16 @@ import traceback
 from html.parser import HTMLParser
 from pathlib import Path
 
+import execution
 import folder_paths
 import pytest
 from comfy_api.latest import io
 
+from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.host import messages
 from comfyui_helios.host.files import official
 from comfyui_helios.host.guard import guarded
+from comfyui_helios.host.out_of_memory import OutOfMemory
 from comfyui_helios.host.printable import listable, printable_log
 from comfyui_helios.nodes import HeliosExtension
 from comfyui_helios.nodes.load import HeliosModelLoader
@@ -124,6 +127,11 @@ def test_what_a_node_shows_is_the_same_text_whether_a_page_takes_it_for_html_or_
     page.close()
     assert "".join(pieces) == text  # no tag, no entity
     assert not re.search(r"\[\[|__LNK", text)  # of which a page makes links
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, OutOfMemory])
+def test_what_the_page_shows_before_an_error_is_no_path(kind):
+    assert execution.full_type_name(kind) == kind.__name__
 
 
 def test_what_a_node_shows_is_bounded(shown):

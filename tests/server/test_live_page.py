@@ -84,6 +84,15 @@ FINISHED = """seconds => { const video = document.querySelector('.helios-live vi
         && Math.abs(video.duration - seconds) < 0.1 }"""
 PLAYER = "document.querySelector('.helios-live video')."
 
+# What is said below the player when Finish was pressed before and after the least number of frames.
+FINISHING = """async () => {
+    const { Steering } = await import('/extensions/ComfyUI-Helios/helios_steer.js')
+    const steering = new Steering()
+    return [33, 99].map(written => {
+        steering.show({ id: 'one', state: 'running', written, least: 99,
+            steering: { prompts: true, endless: true, finishing: true, applied: [] } })
+        return steering.state.textContent }) }"""
+
 # An answer of the server that comes when the player has gone on to another video.
 ASK = """async answer => {
     const { Steering } = await import('/extensions/ComfyUI-Helios/helios_steer.js')
@@ -155,6 +164,10 @@ def test_where_no_policy_forbids_it_there_is_no_gap_and_a_request_that_was_cut_i
         assert page.page.evaluate("window.asked") == ["start", "key"]
         page.page.get_by_role("button", name="Finish").click()
         has_file(page, server, "execution_success")
+
+
+def test_finish_says_where_it_ends_if_not_at_once(used_page):
+    assert used_page.page.evaluate(FINISHING) == ["It ends at 99 frames, which the node was given", ""]
 
 
 @pytest.mark.parametrize("status", [200, 429])
