@@ -20,7 +20,6 @@ VALUES = {
     "live": True,
     "until_finished": True,  # each test says when it has seen enough
 }
-OWN = "0b0e5a4e-5d1c-4a53-8f5a-3f6f6d3d2c11"  # whoever opens the workflow itself later would see its last video
 SET_WIDGETS = """values => { for (const node of app.graph.nodes) for (const widget of node.widgets ?? [])
     if (values[widget.name] !== undefined) widget.value = values[widget.name] }"""
 # Of a node that has never run, when it has been drawn: above what it takes without a player.
@@ -109,7 +108,7 @@ ASK = """async answer => {
 
 def start(page, seed):
     """Until the ball has moved, in a run that goes on."""
-    page.load({**read_workflow("helios_stream"), "id": OWN})
+    page.load(read_workflow("helios_stream"))
     page.page.evaluate(SET_WIDGETS, {**VALUES, "seed": seed})
     page.page.evaluate(WATCH)
     page.page.wait_for_function(MOVED, timeout=240_000)
