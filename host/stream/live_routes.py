@@ -68,7 +68,7 @@ async def send_video(request: web.Request) -> web.StreamResponse:
     with grown:
         try:
             await _follow(session, grown, response, newest=begin == "key")
-        except ConnectionResetError:  # it has gone away
+        except ConnectionError:  # it has gone away
             pass
         except TimeoutError:  # their player asks again where it still wants something
             if request.transport is not None:

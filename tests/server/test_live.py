@@ -123,6 +123,7 @@ def test_who_reads_nothing_or_goes_away_costs_the_run_nothing(server, api, threa
         assert len(times(file.read_bytes())) == 33 * CHUNKS
         assert silent.recv(20).startswith(b"HTTP/1.1 200")
     assert answer(server, path)[0] == 200
+    assert "Error handling request" not in server.log.read_text(errors="replace")
 
 
 @pytest.fixture(scope="module")
