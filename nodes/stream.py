@@ -182,8 +182,7 @@ class HeliosStreamVideo(io.ComfyNode):
         picked_up = pick_up(guider, prompt, node_id, notes) if resume else nullcontext()
         with picked_up as saved, offloaded_vae(vae, how) as decoder:
             writer = VideoWriter(decoder, guider.run.chunk_shape[0], (first, end), fps, crf, bit_depth, live)
-            frames = None if until_finished else least
-            watched = Watched(node_id, workflow_id(cls.hidden.extra_pnginfo), frames, least)
+            watched = Watched(node_id, workflow_id(cls.hidden.extra_pnginfo), least)
             with on_air(writer.live, watched, steering) if writer.live else nullcontext():
                 files, tail = OnePass(guider, writer, overlap_decode == "auto", saved, prompts).run()
         return io.NodeOutput([finished_video(file) for file in files], sampled(tail, CHUNK_FRAMES, guider))

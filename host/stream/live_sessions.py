@@ -20,12 +20,11 @@ KEPT = 8  # sessions that have ended, for pages that still show them
 
 @dataclass(frozen=True)
 class Watched:
-    """By what a page knows its video, and how many frames it will have."""
+    """By what a page knows its video, and how many frames it will have at least."""
 
     node_id: str  # with those of the subgraphs around it: "5:12"
     workflow: str | None  # node ids are a workflow's own; None for a graph that no page has queued
-    frames: int | None  # None where nobody has said yet when it is to end
-    least: int = 0  # frames that it has at least, whoever says so
+    frames: int
 
 
 @dataclass
@@ -39,14 +38,16 @@ class LiveSession:
     state: State = "running"
 
     def describe(self) -> dict[str, Any]:
-        """What the page shows. rate: frames a second since the first chunk, None until there are two."""
+        """What the page shows. frames: None where nobody has said yet when it is to end. rate: frames a second since
+        the first chunk, None until there are two.
+        """
         return {
             "id": self.id,
             "node": self.watched.node_id,
             "workflow": self.watched.workflow,
             "state": self.state,
-            "frames": self.watched.frames,
-            "least": self.watched.least,
+            "frames": None if self.steering.endless else self.watched.frames,
+            "least": self.watched.frames,
             "written": self.file.frames,
             "fps": float(self.file.rate),
             "rate": self.file.rate_of_frames,

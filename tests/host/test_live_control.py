@@ -36,7 +36,7 @@ def routes(monkeypatch):
 @pytest.fixture
 def run(routes, tmp_path):
     """A session that runs, can be prompted and has no end."""
-    with on_air(LiveFile(tmp_path, 24, 18, "8"), Watched("5", None, None), Steering(True, True)) as session:
+    with on_air(LiveFile(tmp_path, 24, 18, "8"), Watched("5", None, 33), Steering(True, True)) as session:
         yield session
 
 
