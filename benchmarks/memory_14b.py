@@ -8,36 +8,29 @@ memory does not exist. Seconds say nothing of a disk.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import memory_gpu
 import torch
+from convert_checkpoint import lay_out
 from measure import table
 
-from helios_core.checkpoint import CONFIG_KEY, published_name, target_dtypes
 from helios_core.config import TransformerConfig
 from helios_core.transformer import HeliosTransformer
 
 SIZE = (8, 16)  # in latents
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # of safetensors
 
 
 def write_zeros(file: Path, config: TransformerConfig) -> None:
-    dtypes = target_dtypes(config, torch.bfloat16)
     empty = HeliosTransformer(config, dtype=torch.bfloat16, device="meta").state_dict()
-    header: dict[str, object] = {"__metadata__": {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}}
-    end = 0
-    for name, tensor in empty.items():
-        begin, end = end, end + tensor.numel() * dtypes[name].itemsize
-        entry = {"dtype": NAMES[dtypes[name]], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        header[published_name(name)] = entry
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    unread: Any = SimpleNamespace(config=config, tensors=empty)  # of a checkpoint what a file's plan needs
+    layout = lay_out(unread, torch.bfloat16, None, {})
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+        stream.write(layout.header)
+        stream.truncate(layout.size)
 
 
 def main() -> None:
