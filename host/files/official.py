@@ -20,6 +20,7 @@ from . import shipped
 log = printable_log(__name__)
 
 DEPTH = 3  # <user>/<repository>, and one level for people who sort their models
+REPOSITORIES = ("Helios-Distilled", "Helios-Mid", "Helios-Base")  # of BestWishYsh
 MOST_FOLDERS = 2000  # that are looked into below one root: a link may lead to a whole disk
 # What the loaders read of a folder. Nothing else in it makes latents.
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -42,10 +43,12 @@ def find_folder(name: str) -> Path:
     if not isinstance(name, str) or name not in folders:
         roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
         found = ", ".join(folders) or "none"
+        unread = "; the log names what could not be read" if _told else ""
+        wanted = [repository for repository in REPOSITORIES if isinstance(name, str) and name.endswith(repository)]
         raise ValueError(
-            f"There is no Helios folder {quoted(name)} in {printable(roots)} (found: {found}; the log names what could "
-            "not be read). Put a copy of the repository there, such as BestWishYsh/Helios-Distilled, without "
-            "transformer_ode/."
+            f"There is no Helios folder {quoted(name)} in {printable(roots)} (found: {found}{unread}). Put a copy of "
+            f"BestWishYsh/{(wanted or REPOSITORIES)[0]} there, without transformer_ode/, and refresh the page (R), or "
+            "choose another."
         )
     return folders[name]
 

@@ -175,3 +175,13 @@ def test_a_name_of_no_folder_is_quoted(models, name):
     assert str(error.value).encode().isascii()
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["BestWishYsh/Helios-Base", "sorted/Helios-Base"])
+def test_a_repository_that_is_not_there_is_the_one_to_download(models, name):
+    with pytest.raises(ValueError, match="copy of BestWishYsh/Helios-Base there, without .* refresh the page") as error:
+        find_folder(name)
+    assert "the log" not in str(error.value)
+    make(models / "other").write_text("{")
+    with pytest.raises(ValueError, match="found: BestWishYsh/Helios-Mid; the log names what could not be read"):
+        find_folder(name)

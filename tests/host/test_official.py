@@ -40,7 +40,7 @@ def test_a_damaged_config_keeps_no_folder_from_being_listed(models, text):
 
 @pytest.mark.parametrize("name", ["FLUX.1-dev", "..", "/etc", ""])
 def test_other_names_are_refused(models, name):
-    with pytest.raises(ValueError, match="Put a copy of the repository there"):
+    with pytest.raises(ValueError, match="Put a copy of BestWishYsh/Helios-Distilled there"):
         find_folder(name)
 
 

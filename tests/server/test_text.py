@@ -113,7 +113,7 @@ NOT_THERE = {
     ),
     "a folder": (
         load_folder("Helios-None"),
-        "Put a copy of the repository there, such as BestWishYsh/Helios-Distilled",
+        "Put a copy of BestWishYsh/Helios-Distilled there",
     ),
     "a LoRA": (LORA, "There is no LoRA 'none.safetensors' in models/loras. Put it there"),
     "a prompt file": (prompt(0, "none.txt"), "Put a .txt file with one prompt per line there"),
