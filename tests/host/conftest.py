@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,15 @@ from harness.pack import load_comfyui
 
 base = tempfile.TemporaryDirectory(prefix="helios-host-")  # removed when the tests' process ends
 load_comfyui(base.name)
+
+
+@pytest.fixture(autouse=True)
+def forget_listed_folders() -> Iterator[None]:
+    """The host cannot look at a list again whose folder is gone, and temporary folders go after each test."""
+    import folder_paths
+
+    yield
+    folder_paths.filename_list_cache.clear()
 
 
 @pytest.fixture
