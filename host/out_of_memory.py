@@ -53,17 +53,22 @@ def memory_errors(what: str, cure: str = CURE) -> Iterator[None]:
 
 
 def check_room(what: str, needed: float, device: torch.device, cure: str = CURE) -> None:
-    """Raise ValueError where the device cannot hold so many bytes.
+    """Raise ValueError where the device cannot hold so many bytes."""
+    if lack := lack_of_room(what, needed, device, cure):
+        raise ValueError(lack)
+
+
+def lack_of_room(what: str, needed: float, device: torch.device, cure: str = CURE) -> str | None:
+    """That the device cannot hold so many bytes, in words; None where it can.
 
     On the CPU what is free counts, swap included; on a card all of it, since the host puts models out to make room.
     """
     if device.type == "privateuseone":  # DirectML does not tell, and the host (0.3.75 to 0.33) answers 1 GiB for it
-        return
+        return None
     if comfy.model_management.is_device_cpu(device):
         room, of = psutil.virtual_memory().available + psutil.swap_memory().free, "free"
     else:
         room, of = comfy.model_management.get_total_memory(device), f"there on {device}"
-    if needed > room:
-        raise ValueError(
-            f"{what} would take {needed / GIB:.1f} GiB of memory, and {room / GIB:.1f} GiB are {of}. {cure}"
-        )
+    if needed <= room:
+        return None
+    return f"{what} would take {needed / GIB:.1f} GiB of memory, and {room / GIB:.1f} GiB are {of}. {cure}"

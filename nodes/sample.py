@@ -8,6 +8,7 @@ from ..host.compat import schema
 from ..host.messages import Notes
 from ..host.sampling.inputs import frames_asked, latent_warning, prepare, sampled, variant_warning
 from ..host.sampling.whole_video import collect
+from ..host.sockets.decoding import too_many_frames
 from .inputs import model_inputs, seed_input, seed_mode_input
 
 
@@ -41,10 +42,12 @@ class HeliosChunkedSampler(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
         guider = prepare("Helios Chunked Sampler", model, positive, negative, latent, schedule, seed, seed_mode)
         notes = Notes(cls.hidden.unique_id)
-        for warning in filter(None, (variant_warning(model, schedule), latent_warning(latent))):
+        frames = frames_asked(latent, guider.run.chunks)
+        batch, _, _, height, width = guider.run.chunk_shape
+        too_many = too_many_frames(batch, frames, height, width)  # decoding says so too late
+        for warning in filter(None, (variant_warning(model, schedule), latent_warning(latent), too_many)):
             notes.warn(warning)
-        video = collect(guider)
-        return io.NodeOutput(sampled(video, frames_asked(latent, guider.run.chunks), guider))
+        return io.NodeOutput(sampled(collect(guider), frames, guider))
 
 
 NODES = [HeliosChunkedSampler]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
-from ..out_of_memory import check_room
+from ..out_of_memory import lack_of_room
 from ..progress import check_interrupt
 from .latent import asked_frames, check_latent
 from .vae import WANTED
@@ -45,6 +45,17 @@ def trim_warning(latent: dict[str, Any], trim: bool) -> str | None:
     )
 
 
+def too_many_frames(batch: int, frames: int, height: int, width: int) -> str | None:
+    """That so many images (8H, 8W) of latents (H, W) cannot be held at once, in words; None where they can."""
+    height, width = height * SPATIAL_SCALE, width * SPATIAL_SCALE
+    return lack_of_room(
+        f"{batch * frames} frames of {width}x{height}",
+        batch * frames * height * width * 3 * torch.float32.itemsize,
+        comfy.model_management.intermediate_device(),
+        "Take Helios Stream Video, whose memory does not grow with the length, or decode fewer frames.",
+    )
+
+
 def decode_chunks(
     latent: dict[str, Any], vae: Any, trim: bool = False, drop_first: int = 0, crossfade: int = 0
 ) -> Tensor:
@@ -57,14 +68,9 @@ def decode_chunks(
     samples = check_latent(latent, "latent")
     batch, chunks = samples.shape[0], samples.shape[2] // CHUNK_LATENTS
     first, end = shown_frames(latent, chunks, trim, drop_first)
+    if lack := too_many_frames(batch, end - first, *samples.shape[3:]):
+        raise ValueError(lack)
 
-    height, width = (side * SPATIAL_SCALE for side in samples.shape[3:])
-    check_room(
-        f"{batch * (end - first)} frames of {width}x{height}",
-        batch * (end - first) * height * width * 3 * torch.float32.itemsize,
-        comfy.model_management.intermediate_device(),
-        "Take Helios Stream Video, whose memory does not grow with the length, or decode fewer frames.",
-    )
     bar = comfy.utils.ProgressBar(batch * chunks)
     images: Tensor | None = None
     for item in range(batch):

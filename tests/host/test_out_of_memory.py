@@ -130,6 +130,14 @@ def test_frames_that_memory_does_not_hold_name_the_node_that_streams(little):
         run_node(HeliosChunkedVAEDecode, latent, vae, False, drop_first=33)
 
 
+def test_frames_that_memory_will_not_hold_are_told_before_they_are_sampled(parts, little, monkeypatch, caplog):
+    monkeypatch.setattr("comfyui_helios.nodes.sample.collect", lambda guider: pytest.fail(caplog.text))
+    prompts = [conditioning(prompt) for prompt in oracle.prompts()]
+    start = run_node(HeliosHistoryInjection, *prompts, width=512, height=512, frames=100, batch_size=1)
+    with pytest.raises(pytest.fail.Exception, match=r" 100 frames of 512x512 would .* Take Helios Stream Video"):
+        run_node(HeliosChunkedSampler, parts.model, *start, QUICK, 3)
+
+
 def test_images_and_resampled_videos_that_memory_does_not_hold_are_refused(little):
     with pytest.raises(ValueError, match="40 images of 2048x2048 would take 1.9 GiB"):
         prepare_images(torch.zeros(40, 2, 2, 3), 2048, 2048, "crop")
