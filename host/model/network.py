@@ -6,17 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import comfy.conds
-import comfy.latent_formats
 import comfy.ldm.modules.attention
-import comfy.model_base
-import comfy.model_management
-import comfy.model_patcher
-import comfy.model_sampling
 import comfy.ops
 import comfy.patcher_extension
-import comfy.supported_models_base
-import comfy.utils
 import torch
 from torch import Tensor
 
