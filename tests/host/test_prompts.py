@@ -11,7 +11,6 @@ import pytest
 import torch
 from comfy.sampler_helpers import convert_cond
 
-from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.files import prompt_file as prompts_file
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.guard import guarded
@@ -47,33 +46,6 @@ def run(clip, *prompts, unit="chunks", blend=0, before=None, defaults=False):
 
 class NeverUsed:
     """A CLIP of which nothing may be asked."""
-
-
-# The track: embeddings 0, 10 and 20 show the weights in the numbers.
-
-
-def values(chunks, blend, count):
-    embeddings = tuple(torch.full((1, 2, 3), 10.0 * number) for number in range(len(chunks)))
-    track = PromptTrack(embeddings, chunks, blend)
-    found = [track.at(index) for index in range(count)]
-    assert all(x.shape == (1, 2, 3) and (x == x[0, 0, 0]).all() for x in found)
-    return [x[0, 0, 0].item() for x in found]
-
-
-@pytest.mark.parametrize(
-    ("chunks", "blend", "expected"),
-    [
-        ((4, 4, 4), 3, [[0, 0, 0, 0], [0, 5, 10, 10], [10, 15, 20, 20], [20, 20]]),
-        ((2, 3), 0, [[0, 0], [10, 10, 10], [10]]),
-        ((2, 3), 1, [[0, 0], [0, 10, 10], [10]]),
-        ((3, 3), 2, [[0, 0, 0], [0, 10, 10], [10]]),
-        ((6, 6), 5, [[0] * 6, [0, 2.5, 5, 7.5, 10, 10], [10]]),
-        ((4,), 3, [[0] * 4, [0, 0]]),
-    ],
-)
-def test_each_later_prompt_begins_with_a_linear_blend_and_the_last_one_stays(chunks, blend, expected):
-    flat = [value for prompt in expected for value in prompt]  # the last group is after the end
-    assert values(chunks, blend, len(flat)) == flat
 
 
 # HeliosPromptSchedule
