@@ -133,7 +133,6 @@ class HeliosModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config: dict[str, Any] = {}
     latent_format = comfy.latent_formats.Wan21
     supported_inference_dtypes = SUPPORTED_DTYPES
-    memory_usage_factor = 1.0
     quantised: Settings = {}
 
     def process_unet_state_dict_for_saving(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
