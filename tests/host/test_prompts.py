@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import threading
 from types import SimpleNamespace
@@ -299,8 +300,9 @@ def test_a_changed_file_runs_again_and_an_unchanged_one_does_not(inputs):
     assert len({before, touched, HeliosPromptFromFile.fingerprint_inputs("p.txt", 0)}) == 3
 
 
-def test_a_linked_file_is_checked_when_it_is_known():
+def test_a_linked_file_is_checked_when_it_is_known_and_read_in_every_run():
     assert validated(None) is True
+    assert math.isnan(HeliosPromptFromFile.fingerprint_inputs(None, 0))  # which equals no other, nor itself
 
 
 def test_what_the_page_is_told_of_the_index_is_plain_json(inputs):
