@@ -15,7 +15,8 @@ from torch import Tensor
 from ...helios_core.attention import Attention
 from ...helios_core.config import TransformerConfig
 from ...helios_core.history import History, HistoryLayout
-from ...helios_core.layers import Block, Modulation, Table
+from ...helios_core.layers import Block
+from ...helios_core.modulation import Modulation, Table
 from ...helios_core.prepared import PreparedHistory, PreparedText
 from ...helios_core.transformer import BlockText, HeliosTransformer
 from .foreign_patches import check_foreign
