@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from harness.errors import mean_error
 from helios_core import elementwise
 from helios_core.history import Memory
-from helios_core.layers import GELU, Block, Modulation, Table
+from helios_core.layers import GELU, Block
+from helios_core.modulation import Modulation, Table
 from helios_core.transformer import HeliosTransformer
 
 WARPS = (4, 8, 16) if torch.cuda.is_available() else ()  # the interpreter knows none

@@ -15,17 +15,14 @@ import subprocess
 import sys
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .devices import too_old_for_triton
+from .modulation import Modulation
 from .rope import apply_rope_
-
-if TYPE_CHECKING:
-    from .layers import Modulation
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -17,9 +17,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from . import elementwise
-
-if TYPE_CHECKING:
-    from .layers import Modulation
+from .modulation import Modulation
 
 # That share a row: of 4, 8 and 16 what an H200 was fastest with, or no slower.
 WARPS = {"_residual_modulated_norm": 16, "_gated_residual_norm": 8, "_rms_norm_rope": 8}
@@ -253,8 +251,6 @@ def _launch(kernel: Any, x: Tensor, *args: Any) -> None:
 
 def try_out(device: torch.device) -> None:
     """Raises RuntimeError where a kernel gives another result than plain torch on this device."""
-    from .layers import Modulation
-
     rng = torch.Generator().manual_seed(0)
     shapes = ((1, 2, 64), (1, 2, 64), (1, 1, 64), (1, 1, 64), (2, 2, 16))
     x, update, past, now, rope = (torch.randn(shape, generator=rng).to(device) for shape in shapes)

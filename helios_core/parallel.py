@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .attention import Attention, sdpa
-from .layers import Block, Modulation
+from .layers import Block
+from .modulation import Modulation
 from .transformer import BlockText, RunBlock
 
 

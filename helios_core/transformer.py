@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .attention import Attention, sdpa
 from .config import TransformerConfig
 from .history import FrameIndices, History
-from .layers import Block, Builder, ConditionEmbedder, KeysValues, Modulation, OutputNorm
+from .layers import Block, Builder, ConditionEmbedder, KeysValues, OutputNorm
+from .modulation import Modulation
 from .prepared import PreparedHistory, PreparedText
 from .rope import pad_to_multiple, rope_table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host.compat import advanced, schema
+from ..host.model.compiled import compile_blocks
 
 BACKENDS = ("inductor", "cudagraphs")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -46,8 +47,6 @@ class HeliosCompile(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, backend="inductor", mode="default") -> io.NodeOutput:
-        from ..host.model.compiled import compile_blocks
-
         return io.NodeOutput(compile_blocks(model, backend, mode, cls.hidden.unique_id))
 
 

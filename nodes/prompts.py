@@ -247,8 +247,8 @@ class HeliosPromptFromFile(io.ComfyNode):
         return await found(read_prompts, file)
 
     @classmethod
-    def fingerprint_inputs(cls, file, index) -> tuple[int, int]:
-        return fingerprint(file)
+    def fingerprint_inputs(cls, file, index) -> tuple[int, int] | float:
+        return math.nan if file is None else fingerprint(file)  # linked, not known yet: it runs every time
 
     @classmethod
     def execute(cls, file, index) -> io.NodeOutput:

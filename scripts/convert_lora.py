@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the Python of ComfyUI's portable build does not look
@@ -46,7 +46,7 @@ def convert(sources: Sequence[Path], target: Path, *, base: Path | None = None, 
     if not made:
         raise CheckpointError(f"Nothing in {some(sources)} is of a Helios LoRA: {some(unknown)}.")
     with replacing(target) as partial:
-        save_file(made, partial, {"format": "pt"})
+        partial.write_bytes(save(made, {"format": "pt"}))  # save_file makes a file that its owner alone can read
     return said(target, made, unknown)
 
 

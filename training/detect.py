@@ -59,7 +59,7 @@ def find(frames: np.ndarray) -> Finding:
     saturation = frames.max(-1) - frames.min(-1)
     cover = np.clip((saturation - SEEN[0]) / (SEEN[1] - SEEN[0]), 0, 1)
     tone = frames.mean(-1)
-    background, scene = _place(tone, cover)
+    background, scene = _place(tone)
     things = _things(cover)
     if things.area.max() < 0.004:
         return Finding(None, None, None, background, _ground_motion(tone, cover) if scene == "ground" else None)
@@ -67,7 +67,7 @@ def find(frames: np.ndarray) -> Finding:
     return Finding(_colour(frames, cover), shape, _size(things), background, _motion(things, shape, scene, tone, cover))
 
 
-def _place(tone: np.ndarray, cover: np.ndarray) -> tuple[str, str]:
+def _place(tone: np.ndarray) -> tuple[str, str]:
     """Background and scene."""
     size = tone.shape[1]
     part = lambda y, x: tone[:, int(y[0] * size) : int(y[1] * size), int(x[0] * size) : int(x[1] * size)]  # noqa: E731

@@ -67,8 +67,7 @@ class RemoteNetwork(HeliosNetwork):
         return kept
 
     def _flow(self, x: Tensor, timestep: Tensor, prompt: Any, past: Any, transformer_options: dict[str, Any]) -> Tensor:
-        tokens = math.prod(size // patch for size, patch in zip(x.shape[2:], self.config.patch_size, strict=True))
-        Shares.of(0, tokens, self._workers.degree)  # before it ends the workers
+        Shares.of(0, math.prod(self.token_grid(x)), self._workers.degree)  # before it ends the workers
         header: dict[str, Any] = {"do": "flow", "text": None, "history": None}
         tensors = {"latents": x, "timestep": timestep}
         if isinstance(prompt, Kept):

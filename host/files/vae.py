@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.model_patcher
 import comfy.sd
 
 from ...helios_core.config import LATENT_CHANNELS

@@ -8,14 +8,9 @@ from typing import Any
 
 import comfy.conds
 import comfy.latent_formats
-import comfy.ldm.modules.attention
 import comfy.model_base
-import comfy.model_management
-import comfy.model_patcher
 import comfy.model_sampling
-import comfy.patcher_extension
 import comfy.supported_models_base
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -138,7 +133,6 @@ class HeliosModelConfig(comfy.supported_models_base.BASE):
     unet_extra_config: dict[str, Any] = {}
     latent_format = comfy.latent_formats.Wan21
     supported_inference_dtypes = SUPPORTED_DTYPES
-    memory_usage_factor = 1.0
     quantised: Settings = {}
 
     def process_unet_state_dict_for_saving(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,15 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import comfy.conds
-import comfy.latent_formats
-import comfy.ldm.modules.attention
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
-import comfy.model_sampling
-import comfy.patcher_extension
-import comfy.supported_models_base
 import comfy.utils
 import torch
 

@@ -6,24 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import comfy.conds
-import comfy.latent_formats
 import comfy.ldm.modules.attention
-import comfy.model_base
-import comfy.model_management
-import comfy.model_patcher
-import comfy.model_sampling
 import comfy.ops
 import comfy.patcher_extension
-import comfy.supported_models_base
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ...helios_core.attention import Attention
 from ...helios_core.config import TransformerConfig
 from ...helios_core.history import History, HistoryLayout
-from ...helios_core.layers import Block, Modulation, Table
+from ...helios_core.layers import Block
+from ...helios_core.modulation import Modulation, Table
 from ...helios_core.prepared import PreparedHistory, PreparedText
 from ...helios_core.transformer import BlockText, HeliosTransformer
 from .foreign_patches import check_foreign

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...helios_core.offload import KEEP_BELOW, Level, Offloader
 from ...helios_core.quoting import quoted
-from ..compat import is_dynamic, lora_compute_dtype, room_to_pin
+from ..compat import is_dynamic, lora_compute_dtype, room_to_pin, static_clone
 from ..printable import printable_log
 
 log = printable_log(__name__)
@@ -251,7 +251,7 @@ def _offloaded(patcher: Any, how: Offloading) -> OffloadPatcher:
             "Group offloading needs a copy of this model without ComfyUI's dynamic VRAM, and its loader does not "
             "say how to make one. Use another loader, or set group_offload to off."
         )
-    clone = patcher.clone(disable_dynamic=True) if is_dynamic(patcher) else patcher.clone()
+    clone = static_clone(patcher)
     clone.__class__ = OffloadPatcher  # the host's clone has every field of its own that there is to take over
     clone.offload(how)
     return clone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ...helios_core.history import History
 from ...helios_core.prepared import PreparedHistory, PreparedText
+from ...helios_core.transformer import HeliosTransformer
 from .offload_patcher import OffloadPatcher
-
-if TYPE_CHECKING:
-    from ...helios_core.transformer import HeliosTransformer
 
 CACHE_KEY = "helios_cache"  # in transformer_options
 COMPILE_KEY = "torch.compile"  # of the host's own wrapper, which leaves the network's inputs alone

@@ -10,7 +10,6 @@ from typing import Any
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
-import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import torch

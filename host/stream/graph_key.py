@@ -30,6 +30,7 @@ NOT_LATENTS = {
     "HeliosDiffusersLoader": OFFLOAD,
     "HeliosTextEncode": OFFLOAD,
     "HeliosPromptSchedule": OFFLOAD,
+    "HeliosMultiGPU": {"timeout"},
     "HeliosStreamVideo": OFFLOAD
     | {"vae", "fps", "crf", "bit_depth", "trim", "drop_first", "resume", "overlap_decode", "vae_offload", "live"}
     | {"clip", "until_finished"},

@@ -54,7 +54,7 @@ def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: N
         try:
             yield saved
         except InterruptProcessingException:
-            if made := saved.count(MOST_CHUNKS)[0]:
+            if made := len(saved.digests):
                 many = f"{made} chunks are" if made > 1 else "1 chunk is"
                 notes.inform(f"Interrupted: {many} saved. Run goes on after that, with the same seed and inputs.")
             raise

@@ -30,7 +30,6 @@ log = printable_log(__name__)
 
 FOLDER = "helios_resume"  # below the host's output folder
 KEPT_RUNS = 3
-KEPT_SECONDS = DAY
 REMOVED_AT_ONCE = 100
 MANY = 100  # other runs, which are not counted further
 LOCK, NOTE = "lock", "about.txt"
@@ -97,7 +96,7 @@ def remove_old(used: Path) -> None:
     One graph may have many nodes that save, and a run that was cut off waits for its user.
     """
     others = [(has_chunks(folder), _used(folder), folder) for folder in _our_folders(used.parent) if folder != used]
-    old = [folder for _, when, folder in sorted(others, reverse=True)[KEPT_RUNS - 1 :] if _used_before(when)]
+    old = [folder for _, when, folder in sorted(others, reverse=True)[KEPT_RUNS - 1 :] if time.time() - when >= DAY]
     for folder in old[-REMOVED_AT_ONCE:]:
         try:
             with claimed(folder):
@@ -111,10 +110,6 @@ def _used(folder: Path) -> float:
     with contextlib.suppress(OSError):
         return folder.stat().st_mtime
     return 0.0
-
-
-def _used_before(when: float) -> bool:
-    return time.time() - when >= KEPT_SECONDS
 
 
 def _claim(folder: Path) -> BinaryIO:

@@ -16,17 +16,8 @@ from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.quoting import quoted
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.safetensors_file import read_headers, read_tensors
-from support.checkpoints import ODD_HEADS, SMALL, assert_same, make_weights, write_json
+from support.checkpoints import ODD_HEADS, REPACK, SMALL, assert_same, make_weights, write_json
 
-REPACK = {
-    "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
-    "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
-    "condition_embedder.time_proj.": "time_projection.1.",
-    "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
-    "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
-    ".ffn.net.0.proj.": ".ffn.0.",
-    ".ffn.net.2.": ".ffn.2.",
-}
 LAYOUTS = {
     "diffusers": {},
     "older": {"norm_out.scale_shift_table": "scale_shift_table"},

@@ -98,6 +98,21 @@ def test_the_pack_is_imported_relatively(floor):
     assert not offending(floor, lambda name: name.partition(".")[0] in FLOORS)
 
 
+def unused(file: Path) -> list[str]:
+    """Modules that a file imports by a name with a dot in it, and does not name again."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    imports = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names if not alias.asname]
+    named = [f"{ast.unparse(node)}." for node in nodes if isinstance(node, ast.Attribute)]
+    dotted = [alias.name for alias in imports if "." in alias.name]
+    return [name for name in dotted if not any(use.startswith(f"{name}.") for use in named)]
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_what_is_imported_is_used(floor):
+    """ruff passes these over: `import comfy.a` gives it the name `comfy`, and `comfy.b` uses that."""
+    assert {str(file.relative_to(ROOT)): names for file in files(floor) if (names := unused(file))} == {}
+
+
 @pytest.mark.parametrize("floor", FLOORS)
 def test_no_file_is_too_long_to_be_understood(floor):
     lengths = {file.relative_to(ROOT): len(file.read_text(encoding="utf-8").splitlines()) for file in files(floor)}

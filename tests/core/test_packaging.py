@@ -120,6 +120,12 @@ def test_the_archive_holds_the_pack_and_its_weights_but_not_their_making(archive
     assert not {name.split("/")[0] for name in archive} & {"training", "tests", "benchmarks"}
 
 
+def test_a_program_that_is_shipped_comes_with_what_it_imports(archive):
+    programs = {name for name in archive if re.fullmatch(r"scripts/.*\.py", name)}
+    assert "scripts/convert_checkpoint.py" in programs
+    assert not [name for name in programs if re.search(r"^from harness\b", (ROOT / name).read_text("utf-8"), re.M)]
+
+
 def test_every_file_has_a_name_that_windows_can_keep_and_tells_from_all_others(archive):
     assert not [name for name in archive if len(name) > ROOM or any(map(NO_NAME.fullmatch, name.split("/")))]
     assert len({name.lower() for name in archive}) == len(archive)

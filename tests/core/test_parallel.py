@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from comfyui_helios.helios_core.config import CHUNK_LATENTS, PATCH
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.helios_core.layers import Modulation
+from comfyui_helios.helios_core.modulation import Modulation
 from comfyui_helios.helios_core.parallel import share_out
 from harness.errors import difference
 from support import shared_out

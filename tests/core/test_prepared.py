@@ -5,7 +5,7 @@ import torch
 
 from comfyui_helios.helios_core.attention import sdpa
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.helios_core.layers import Modulation
+from comfyui_helios.helios_core.modulation import Modulation
 from comfyui_helios.helios_core.rope import apply_rope_, rope_table
 from comfyui_helios.helios_core.transformer import KEPT_ROPE_TABLES, HeliosTransformer
 from harness import oracle

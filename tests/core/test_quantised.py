@@ -16,9 +16,9 @@ from comfyui_helios.helios_core.offload import Offloader
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.scaled_linear import ScaledLinear, dequantise, quantise, relative_error, scale_of
 from harness.errors import difference
-from support.checkpoints import make_weights
+from support.checkpoints import REPACK, make_weights
 from support.core_videos import CONFIG, QUICK, network, video
-from support.quantised import FP8, KINDS, REPACK, block_layers, mark, scaled, unscaled, write_scaled
+from support.quantised import FP8, KINDS, block_layers, mark, scaled, unscaled, write_scaled
 
 
 @pytest.fixture(scope="module")

@@ -183,30 +183,35 @@ def test_runs_without_an_anchor(models):
     assert torch.isfinite(video).all()
 
 
-def test_prompts_blend_by_the_authors_rule():
-    one, two, three = (torch.full((1, 2, 4), float(i)) for i in (1, 10, 100))
-    track = PromptTrack((one, two, three), (4, 5, 4), blend=3)
-    values = [track.at(i).unique().item() for i in range(15)]
-    assert values == pytest.approx([1] * 4 + [1, 5.5, 10, 10, 10] + [10, 55, 100, 100] + [100, 100])
-
-
-@pytest.mark.parametrize(("blend", "values"), [(0, [1, 1, 10, 10]), (1, [1, 1, 1, 10]), (2, None)])
-def test_short_blends(blend, values):
-    prompts = tuple(torch.full((1, 2, 4), float(i)) for i in (1, 10))
-    if values is None:
-        with pytest.raises(ValueError, match="Prompt 1 lasts 2 chunks of 33 frames, and blending takes 2"):
-            PromptTrack(prompts, (2, 2), blend)
-    else:
-        track = PromptTrack(prompts, (2, 2), blend)
-        assert [track.at(i).unique().item() for i in range(4)] == values
-
-
 def prompt(value):
     return torch.full((1, 2, 4), float(value))
 
 
 def shown(track, count):
     return [track.at(index).unique().item() for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "blend", "expected"),
+    [
+        ((4, 4, 4), 3, [[0, 0, 0, 0], [0, 5, 10, 10], [10, 15, 20, 20], [20, 20]]),
+        ((2, 3), 0, [[0, 0], [10, 10, 10], [10]]),
+        ((2, 3), 1, [[0, 0], [0, 10, 10], [10]]),
+        ((3, 3), 2, [[0, 0, 0], [0, 10, 10], [10]]),
+        ((6, 6), 5, [[0] * 6, [0, 2.5, 5, 7.5, 10, 10], [10]]),
+        ((4,), 3, [[0] * 4, [0, 0]]),
+    ],
+)
+def test_each_later_prompt_begins_with_a_linear_blend_and_the_last_one_stays(chunks, blend, expected):
+    """By the authors' rule. The last group is after the end."""
+    track = PromptTrack(tuple(prompt(10 * number) for number in range(len(chunks))), chunks, blend)
+    flat = [value for values in expected for value in values]
+    assert shown(track, len(flat)) == flat
+
+
+def test_a_prompt_that_is_no_longer_than_the_blend_is_refused():
+    with pytest.raises(ValueError, match="Prompt 1 lasts 2 chunks of 33 frames, and blending takes 2"):
+        PromptTrack((prompt(1), prompt(10)), (2, 2), blend=2)
 
 
 SCHEDULED = PromptTrack((prompt(0), prompt(10)), (4, 4), blend=3)  # 0 0 0 0, 0 5 10 10

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from comfyui_helios.helios_core import elementwise
 from comfyui_helios.helios_core.history import Memory
-from comfyui_helios.helios_core.layers import Modulation, Table
+from comfyui_helios.helios_core.modulation import Modulation, Table
 from comfyui_helios.helios_core.rope import rope_table
 from harness.errors import difference, mean_error
 from support.core_videos import LATENTS, SCHEDULES, network, video

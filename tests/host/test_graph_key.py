@@ -84,6 +84,16 @@ def test_offloading_does_not_count(files):
     assert graph_key(offloaded, "5") == graph_key(GRAPH, "5")
 
 
+def test_how_long_a_step_on_several_cards_may_take_does_not_count(files):
+    """The error of one that took longer says to set it to more: the next run is to go on from what is saved."""
+
+    def patient(seconds):
+        inputs = {"model": ["1", 0], "cards": 2, "timeout": seconds, "address": ""}
+        return {**graph(model=["7", 0]), "7": {"class_type": "HeliosMultiGPU", "inputs": inputs}}
+
+    assert graph_key(patient(0), "5") == graph_key(patient(600), "5")
+
+
 def change(node, name, value):
     def apply(prompt):
         prompt[node]["inputs"][name] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -101,6 +102,29 @@ def test_what_helios_does_not_have_is_left_out_and_told(script, sources, tmp_pat
     assert script.main([*sources, str(tmp_path / "more.safetensors"), str(target)]) == 0
     assert "1 tensors left out, which Helios does not have: text_encoder.x" in capsys.readouterr().out
     assert not any("text_encoder" in name for name in load_file(target))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX's users")
+def test_others_may_read_it_as_they_may_any_new_file(script, sources, tmp_path):
+    """ComfyUI may run as somebody else."""
+    target, other = tmp_path / "made.safetensors", tmp_path / "other"
+    other.touch()
+    assert script.main([*sources, str(target)]) == 0
+    assert target.stat().st_mode == other.stat().st_mode
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX's limits")
+def test_a_disk_that_is_full_is_told_without_a_traceback(script, sources, tmp_path, capsys):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert script.main([*sources, str(tmp_path / "made.safetensors")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.startswith("error: [Errno 27]")
+    assert not list(tmp_path.glob("*made*"))
 
 
 def test_wrong_inputs_are_told_without_a_traceback(script, sources, base, tmp_path, capsys):

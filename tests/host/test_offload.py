@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 
-import comfy.lora
 import comfy.model_management
 import comfy.sd
 import pytest

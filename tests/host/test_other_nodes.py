@@ -7,7 +7,7 @@ import re
 import unittest.mock
 from dataclasses import replace
 
-import comfy.samplers
+import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP

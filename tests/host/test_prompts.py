@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import threading
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ import pytest
 import torch
 from comfy.sampler_helpers import convert_cond
 
-from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.files import prompt_file as prompts_file
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.guard import guarded
@@ -47,33 +47,6 @@ def run(clip, *prompts, unit="chunks", blend=0, before=None, defaults=False):
 
 class NeverUsed:
     """A CLIP of which nothing may be asked."""
-
-
-# The track: embeddings 0, 10 and 20 show the weights in the numbers.
-
-
-def values(chunks, blend, count):
-    embeddings = tuple(torch.full((1, 2, 3), 10.0 * number) for number in range(len(chunks)))
-    track = PromptTrack(embeddings, chunks, blend)
-    found = [track.at(index) for index in range(count)]
-    assert all(x.shape == (1, 2, 3) and (x == x[0, 0, 0]).all() for x in found)
-    return [x[0, 0, 0].item() for x in found]
-
-
-@pytest.mark.parametrize(
-    ("chunks", "blend", "expected"),
-    [
-        ((4, 4, 4), 3, [[0, 0, 0, 0], [0, 5, 10, 10], [10, 15, 20, 20], [20, 20]]),
-        ((2, 3), 0, [[0, 0], [10, 10, 10], [10]]),
-        ((2, 3), 1, [[0, 0], [0, 10, 10], [10]]),
-        ((3, 3), 2, [[0, 0, 0], [0, 10, 10], [10]]),
-        ((6, 6), 5, [[0] * 6, [0, 2.5, 5, 7.5, 10, 10], [10]]),
-        ((4,), 3, [[0] * 4, [0, 0]]),
-    ],
-)
-def test_each_later_prompt_begins_with_a_linear_blend_and_the_last_one_stays(chunks, blend, expected):
-    flat = [value for prompt in expected for value in prompt]  # the last group is after the end
-    assert values(chunks, blend, len(flat)) == flat
 
 
 # HeliosPromptSchedule
@@ -327,8 +300,9 @@ def test_a_changed_file_runs_again_and_an_unchanged_one_does_not(inputs):
     assert len({before, touched, HeliosPromptFromFile.fingerprint_inputs("p.txt", 0)}) == 3
 
 
-def test_a_linked_file_is_checked_when_it_is_known():
+def test_a_linked_file_is_checked_when_it_is_known_and_read_in_every_run():
     assert validated(None) is True
+    assert math.isnan(HeliosPromptFromFile.fingerprint_inputs(None, 0))  # which equals no other, nor itself
 
 
 def test_what_the_page_is_told_of_the_index_is_plain_json(inputs):

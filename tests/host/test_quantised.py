@@ -26,11 +26,11 @@ from comfyui_helios.host.model.lora import add_lora
 from comfyui_helios.host.model.offload_patcher import Offloading
 from harness.errors import difference, mean_error
 from harness.tiny import TEXT_DIM, make_vae
-from support.checkpoints import make_weights
+from support.checkpoints import REPACK, make_weights
 from support.core_videos import CONFIG
 from support.core_videos import network as loud_network
 from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
-from support.quantised import KINDS, REPACK, block_layers, unscaled, write_scaled
+from support.quantised import KINDS, block_layers, unscaled, write_scaled
 from support.runs import QUICK, sample
 from support.streams import GRAPH, Parts, beginning, cleaned_up, stream_video, watched
 

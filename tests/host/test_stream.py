@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import comfy.hooks
 import comfy.model_management
 import comfy.patcher_extension
 import folder_paths

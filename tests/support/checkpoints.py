@@ -17,6 +17,15 @@ SMALL = TransformerConfig(num_attention_heads=1, text_dim=32, freq_dim=32, ffn_d
 ODD_HEADS = TransformerConfig(
     num_attention_heads=2, attention_head_dim=24, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2, rope_dim=(8, 8, 8)
 )
+REPACK = {  # parts of names in the single file made for ComfyUI
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    ".ffn.net.0.proj": ".ffn.0",
+    ".ffn.net.2": ".ffn.2",
+}
 
 
 def make_weights(config: TransformerConfig = SMALL, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

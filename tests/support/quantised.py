@@ -18,15 +18,6 @@ from comfyui_helios.helios_core.scaled_linear import quantise, scale_of
 Kind = Literal["metadata", "marks", "legacy"]
 KINDS: tuple[Kind, ...] = ("metadata", "marks", "legacy")
 FP8 = {"format": "float8_e4m3fn"}
-REPACK = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    ".ffn.net.0.proj": ".ffn.0",
-    ".ffn.net.2": ".ffn.2",
-}
 
 
 def block_layers(weights: Mapping[str, Tensor]) -> list[str]:
