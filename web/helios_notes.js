@@ -23,71 +23,73 @@ function notesOfRun() {
     return notes.get(workflow)
 }
 
-/** By node of the open graph: the lines that it, or nodes within it, have said. */
-function linesToShow() {
-    const lines = new Map()
+/** By node of the open graph: what it, or nodes within it, have said. */
+function textsToShow() {
+    const texts = new Map()
     for (const [ids, text] of notes.get(rootGraph().id) ?? []) {
         let graph = rootGraph()
         let node, shown
-        for (const id of ids.split(":")) { // those of the subgraphs around it come first
+        // The ids of the subgraphs around a node come first.
+        for (const id of ids.split(":")) {
             node = graph?.getNodeById(id)
             if (graph === app.canvas.graph) shown = node
             graph = node?.subgraph
         }
-        if (shown && isOurs(node)) lines.set(shown, (lines.get(shown) ?? new Set()).add(text))
+        if (shown && isOurs(node)) texts.set(shown, (texts.get(shown) ?? new Set()).add(text))
     }
-    return lines
+    return texts
 }
 
 /** Have the nodes of the open graph say that and no more. anew: older pages (1.32) no longer draw what is there. */
 function write(anew) {
-    const lines = linesToShow()
+    const texts = textsToShow()
     for (const node of app.canvas.graph.nodes.filter(node => node.subgraph || isOurs(node))) {
-        if (widgetOf(node) && (anew || !lines.has(node))) node.removeWidget(widgetOf(node))
-        if (!lines.has(node)) continue
-        const text = [...lines.get(node)].join("\n")
-        writing = true
-        api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text }) // such an id is of the open graph
-        writing = false
-        widgetOf(node).serialize = false // older pages would save it as one more value
+        if (widgetOf(node) && (anew || !texts.has(node))) node.removeWidget(widgetOf(node))
+        if (!texts.has(node)) continue
+        const text = [...texts.get(node)].join("\n")
+        if (widgetOf(node)?.value !== text) {
+            writing = true
+            api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text }) // one id is of the open graph
+            writing = false
+        }
+        const widget = widgetOf(node)
+        if (widget) widget.serialize = false // older pages would save it as one more value
     }
 }
 
 const writeSoon = anew => setTimeout(() => write(anew)) // after the page
 
-api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
-    if (writing) return
-    if (text === NOTHING) notesOfRun().delete(String(nodeId))
-    else notesOfRun().set(String(nodeId), text)
-    writeSoon()
-})
-
-api.addEventListener("executing", ({ detail: nodeId }) => {
-    if (notesOfRun().delete(String(nodeId))) writeSoon() // the server may have taken it back from another workflow's
-})
-
-api.addEventListener("execution_start", ({ detail }) => {
-    running = detail.prompt_id
-})
-
-for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
-    api.addEventListener(end, () => writeSoon())
+function listen() {
+    api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
+        if (writing) return
+        if (text === NOTHING) notesOfRun().delete(String(nodeId))
+        else notesOfRun().set(String(nodeId), text)
+        writeSoon()
+    })
+    api.addEventListener("executing", ({ detail: nodeId }) => {
+        // The server may have taken it back already, from a node of that number in another workflow.
+        if (notesOfRun().delete(String(nodeId))) writeSoon()
+    })
+    api.addEventListener("execution_start", ({ detail }) => {
+        running = detail.prompt_id
+    })
+    for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
+        api.addEventListener(end, () => writeSoon())
+    }
+    api.addEventListener("graphCleared", () => notes.delete(NO_ID))
+    app.canvas.canvas.addEventListener("litegraph:set-graph", () => writeSoon(true))
 }
 
 const { queuePrompt } = api
 api.queuePrompt = async function (number, prompt, ...more) {
     const answer = await queuePrompt.call(this, number, prompt, ...more)
-    workflows.set(answer.prompt_id, prompt.workflow?.id)
+    workflows.set(answer?.prompt_id, prompt.workflow?.id)
     return answer
 }
 
-api.addEventListener("graphCleared", () => notes.delete(NO_ID))
-
 app.registerExtension({
     name: "Helios.Notes",
-    setup() {
-        app.canvas.canvas.addEventListener("litegraph:set-graph", () => writeSoon(true))
-    },
+    setup: listen,
     afterConfigureGraph() {
         notes.delete(NO_ID)
         writeSoon()

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.browser
 NODE = "HeliosHistoryInjection"
 NOTE = "$$node-text-preview"
 NOTHING = "\u2060"
+NO_ID = "00000000-0000-0000-0000-000000000000"  # which older pages (1.32) give to every graph that was emptied
 # As the server tells the page.
 SAY = "([nodeId, text]) => app.api.dispatchCustomEvent('progress_text', {nodeId, text})"
 TELL = "([event, detail]) => app.api.dispatchCustomEvent(event, detail)"
@@ -106,6 +107,7 @@ def test_on_the_subgraph_around_it_and_within(page):
     assert notes(page) == ["What another says."]
     page.page.evaluate(CLOSE)
     assert notes(page) == ["What another says."]
+    page.page.get_by_text("What another says.").filter(visible=True).wait_for()
 
 
 def test_with_its_workflow_and_no_other_one(used_page):
@@ -118,6 +120,14 @@ def test_with_its_workflow_and_no_other_one(used_page):
     assert notes(used_page) == []
     used_page.page.evaluate(SWITCH, tab)
     assert notes(used_page) == ["What it says."]
+
+
+def test_on_none_where_no_workflow_has_an_id_of_its_own(used_page):
+    workflow = read_workflow(FIRST_RUN) | {"id": NO_ID}
+    used_page.load(workflow)
+    say(used_page, the(NODE, workflow["nodes"])["id"], "What it says.")
+    used_page.load(workflow)
+    assert notes(used_page) == []
 
 
 def test_of_a_run_whose_workflow_is_not_open(used_page):
