@@ -8,7 +8,7 @@ import { api } from "../../scripts/api.js"
 const NOTHING = "\u2060" // takes back what was said
 const WIDGET = "$$node-text-preview" // the page's own
 const NO_ID = "00000000-0000-0000-0000-000000000000" // of every workflow that was made in an emptied graph
-const notes = new Map() // by the id of a workflow: by the node's ids for the server, what it has said
+const notes = new Map() // by the id of a workflow: by the node's ids for the server, what it has said and in which run
 const workflows = new Map() // by the id of a run that was queued here: that of its workflow
 let running // the run that began last
 let writing = false
@@ -26,7 +26,7 @@ function notesOfRun() {
 /** By node of the open graph: what it, or nodes within it, have said. */
 function textsToShow() {
     const texts = new Map()
-    for (const [ids, text] of notes.get(rootGraph().id) ?? []) {
+    for (const [ids, { text }] of notes.get(rootGraph().id) ?? []) {
         let graph = rootGraph()
         let node, shown
         // The ids of the subgraphs around a node come first.
@@ -63,11 +63,12 @@ function listen() {
     api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
         if (writing) return
         if (text === NOTHING) notesOfRun().delete(String(nodeId))
-        else notesOfRun().set(String(nodeId), text)
+        else notesOfRun().set(String(nodeId), { text, run: running })
         writeSoon()
     })
     api.addEventListener("executing", ({ detail: nodeId }) => {
-        // The server may have taken it back already, from a node of that number in another workflow.
+        if (notesOfRun().get(String(nodeId))?.run === running) return // told again on a connection that was made again
+        // What it said before: the server may have taken that back from a node of its number in another workflow.
         if (notesOfRun().delete(String(nodeId))) writeSoon()
     })
     api.addEventListener("execution_start", ({ detail }) => {

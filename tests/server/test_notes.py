@@ -17,7 +17,8 @@ TELL = "([event, detail]) => app.api.dispatchCustomEvent(event, detail)"
 # Of the nodes in the graph that is open, when all is done that waits for the page.
 NOTES = """async name => {
     await new Promise(done => setTimeout(done))
-    return app.canvas.graph.nodes.flatMap(node => node.widgets ?? []).filter(w => w.name === name).map(w => w.value) }"""
+    const widgets = app.canvas.graph.nodes.flatMap(node => node.widgets ?? [])
+    return widgets.filter(widget => widget.name === name).map(widget => widget.value) }"""
 # The end of a run, and what newer pages (1.58) do then.
 END = """name => {
     for (const node of app.graph.nodes) {
@@ -70,9 +71,13 @@ def test_until_the_node_runs_again(used_page):
     workflow = read_workflow(FIRST_RUN)
     used_page.load(workflow)
     ids = str(the(NODE, workflow["nodes"])["id"])
-    say(used_page, ids, "What it says.")
-    used_page.page.evaluate(TELL, ["executing", ids])
-    assert notes(used_page) == []
+    for run in ("one", "another"):
+        used_page.page.evaluate(TELL, ["execution_start", {"prompt_id": run}])
+        used_page.page.evaluate(TELL, ["executing", ids])
+        assert notes(used_page) == []
+        say(used_page, ids, "What it says.")
+        used_page.page.evaluate(TELL, ["executing", ids])  # as on a connection that is made again
+        assert notes(used_page) == ["What it says."]
 
 
 def test_on_no_other_node_of_its_number(page):
