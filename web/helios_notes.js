@@ -11,7 +11,6 @@ const NO_ID = "00000000-0000-0000-0000-000000000000" // of every workflow that w
 const notes = new Map() // by the id of a workflow: by the node's ids for the server, what it has said and in which run
 const workflows = new Map() // by the id of a run that was queued here: that of its workflow
 let running // the run that began last
-let writing = false
 
 const rootGraph = () => app.rootGraph ?? app.graph
 const isOurs = node => node?.comfyClass?.startsWith("Helios")
@@ -40,18 +39,25 @@ function textsToShow() {
     return texts
 }
 
+function remove(node) {
+    const widget = widgetOf(node)
+    if (!widget) return
+    node.removeWidget(widget)
+    if (widgetOf(node) !== widget) return
+    widget.onRemove?.() // a subgraph has kept it (1.45)
+    node.widgets.splice(node.widgets.indexOf(widget), 1)
+}
+
 /** Have the nodes of the open graph say that and no more. anew: older pages (1.32) no longer draw what is there. */
 function write(anew) {
     const texts = textsToShow()
     for (const node of app.canvas.graph.nodes.filter(node => node.subgraph || isOurs(node))) {
-        if (widgetOf(node) && (anew || !texts.has(node))) node.removeWidget(widgetOf(node))
+        if (anew || !texts.has(node)) remove(node)
         if (!texts.has(node)) continue
         const text = [...texts.get(node)].join("\n")
-        if (widgetOf(node)?.value !== text) {
-            writing = true
-            api.dispatchCustomEvent("progress_text", { nodeId: String(node.id), text }) // one id is of the open graph
-            writing = false
-        }
+        // An id alone is of the open graph.
+        const detail = { nodeId: String(node.id), text, again: true }
+        if (widgetOf(node)?.value !== text) api.dispatchCustomEvent("progress_text", detail)
         const widget = widgetOf(node)
         if (widget) widget.serialize = false // older pages would save it as one more value
     }
@@ -60,8 +66,8 @@ function write(anew) {
 const writeSoon = anew => setTimeout(() => write(anew)) // after the page
 
 function listen() {
-    api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
-        if (writing) return
+    api.addEventListener("progress_text", ({ detail: { nodeId, text, again } }) => {
+        if (again) return
         if (text === NOTHING) notesOfRun().delete(String(nodeId))
         else notesOfRun().set(String(nodeId), { text, run: running })
         writeSoon()

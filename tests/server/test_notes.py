@@ -113,6 +113,10 @@ def test_on_the_subgraph_around_it_and_within(page):
     page.page.evaluate(CLOSE)
     assert notes(page) == ["What another says."]
     page.page.get_by_text("What another says.").filter(visible=True).wait_for()
+    say(page, second, NOTHING)
+    assert notes(page) == []
+    say(page, second, "What it says then.")
+    page.page.get_by_text("What it says then.").filter(visible=True).wait_for()
 
 
 def test_with_its_workflow_and_no_other_one(used_page):
