@@ -1,41 +1,104 @@
-// What a node says stays on it when a run has ended: newer pages (1.58) take it away then.
+// What a node has said stays on it when the run has ended, though newer pages (1.58) take it away then, and comes back
+// with its workflow. It is on the subgraphs around the node too. The page itself writes on nodes of the graph that is
+// open, whichever workflow runs.
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 
 const NOTHING = "\u2060" // takes back what was said
 const WIDGET = "$$node-text-preview" // the page's own
-const notes = new Map() // by the node's ids for the server: the node, and what it said last
+const NO_ID = "00000000-0000-0000-0000-000000000000" // of every workflow that was made in an emptied graph
+const notes = new Map() // by the id of a workflow: by the node's ids for the server, what it has said and in which run
+const workflows = new Map() // by the id of a run that was queued here: that of its workflow
+let running // the run that began last
 
-/** The node with these ids, where those of the subgraphs around it come first. */
-function find(ids) {
-    let node
-    let graph = app.rootGraph ?? app.graph
-    for (const id of ids.split(":")) {
-        node = graph?.getNodeById(id)
-        graph = node?.subgraph
-    }
-    return node
+const rootGraph = () => app.rootGraph ?? app.graph
+const isOurs = node => node?.comfyClass?.startsWith("Helios")
+const widgetOf = node => node.widgets?.find(widget => widget.name === WIDGET)
+
+function notesOfRun() {
+    const workflow = workflows.get(running) ?? rootGraph().id
+    if (!notes.has(workflow)) notes.set(workflow, new Map())
+    return notes.get(workflow)
 }
 
-api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
-    const ids = String(nodeId)
-    const node = find(ids)
-    if (!node?.comfyClass?.startsWith("Helios")) return
-    if (text === NOTHING) notes.delete(ids)
-    else notes.set(ids, { node, text })
-})
-
-/** Where the page has taken a note away; it looks for nodes in the graph that is open, and shows only those of that. */
-function putBack() {
-    for (const [nodeId, { node, text }] of notes) {
-        if (find(nodeId) !== node) notes.delete(nodeId) // it was removed, or another workflow is open
-        else if (node.graph === app.canvas.graph && !node.widgets?.some(widget => widget.name === WIDGET)) {
-            api.dispatchCustomEvent("progress_text", { nodeId, text })
+/** By node of the open graph: what it, or nodes within it, have said. */
+function textsToShow() {
+    const texts = new Map()
+    for (const [ids, { text }] of notes.get(rootGraph().id) ?? []) {
+        let graph = rootGraph()
+        let node, shown
+        // The ids of the subgraphs around a node come first.
+        for (const id of ids.split(":")) {
+            node = graph?.getNodeById(id)
+            if (graph === app.canvas.graph) shown = node
+            graph = node?.subgraph
         }
+        if (shown && isOurs(node)) texts.set(shown, (texts.get(shown) ?? new Set()).add(text))
+    }
+    return texts
+}
+
+function remove(node) {
+    const widget = widgetOf(node)
+    if (!widget) return
+    node.removeWidget(widget)
+    if (widgetOf(node) !== widget) return
+    widget.onRemove?.() // a subgraph has kept it (1.45)
+    node.widgets.splice(node.widgets.indexOf(widget), 1)
+}
+
+/** Have the nodes of the open graph say that and no more. anew: older pages (1.32) no longer draw what is there. */
+function write(anew) {
+    const texts = textsToShow()
+    for (const node of app.canvas.graph.nodes.filter(node => node.subgraph || isOurs(node))) {
+        if (anew || !texts.has(node)) remove(node)
+        if (!texts.has(node)) continue
+        const text = [...texts.get(node)].join("\n")
+        // An id alone is of the open graph.
+        const detail = { nodeId: String(node.id), text, again: true }
+        if (widgetOf(node)?.value !== text) api.dispatchCustomEvent("progress_text", detail)
+        const widget = widgetOf(node)
+        if (widget) widget.serialize = false // older pages would save it as one more value
     }
 }
 
-for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
-    api.addEventListener(end, () => setTimeout(putBack)) // after the page
+const writeSoon = anew => setTimeout(() => write(anew)) // after the page
+
+function listen() {
+    api.addEventListener("progress_text", ({ detail: { nodeId, text, again } }) => {
+        if (again) return
+        if (text === NOTHING) notesOfRun().delete(String(nodeId))
+        else notesOfRun().set(String(nodeId), { text, run: running })
+        writeSoon()
+    })
+    api.addEventListener("executing", ({ detail: nodeId }) => {
+        if (notesOfRun().get(String(nodeId))?.run === running) return // told again on a connection that was made again
+        // What it said before: the server may have taken that back from a node of its number in another workflow.
+        if (notesOfRun().delete(String(nodeId))) writeSoon()
+    })
+    api.addEventListener("execution_start", ({ detail }) => {
+        running = detail.prompt_id
+    })
+    for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
+        api.addEventListener(end, () => writeSoon())
+    }
+    api.addEventListener("graphCleared", () => notes.delete(NO_ID))
+    app.canvas.canvas.addEventListener("litegraph:set-graph", () => writeSoon(true))
 }
+
+const { queuePrompt } = api
+api.queuePrompt = async function (number, prompt, ...more) {
+    const answer = await queuePrompt.call(this, number, prompt, ...more)
+    workflows.set(answer?.prompt_id, prompt.workflow?.id)
+    return answer
+}
+
+app.registerExtension({
+    name: "Helios.Notes",
+    setup: listen,
+    afterConfigureGraph() {
+        notes.delete(NO_ID)
+        writeSoon()
+    },
+})
