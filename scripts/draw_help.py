@@ -133,7 +133,7 @@ def node_picture(page: Page, kind: str, shot: Shot) -> Image.Image:
     page.load(read_workflow(shot.workflow))
     if shot.behind:
         page.page.evaluate(INSERT, [kind, shot.behind])
-    page.page.wait_for_timeout(500)  # the view glides to the whole graph first
+    page.fit()
     x, y, width, height = page.page.evaluate(SHOW, kind)
     page.page.wait_for_timeout(300)
     taken = page.page.screenshot(clip={"x": x - 20, "y": y - 50, "width": width + 40, "height": height + 60})

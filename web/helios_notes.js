@@ -10,6 +10,7 @@ const WIDGET = "$$node-text-preview" // the page's own
 const NO_ID = "00000000-0000-0000-0000-000000000000" // of every workflow that was made in an emptied graph
 const notes = new Map() // by the id of a workflow: by the node's ids for the server, what it has said and in which run
 const workflows = new Map() // by the id of a run that was queued here: that of its workflow
+const written = new WeakSet() // widgets of notes
 let running // the run that began last
 
 const rootGraph = () => app.rootGraph ?? app.graph
@@ -51,15 +52,18 @@ function remove(node) {
 /** Have the nodes of the open graph say that and no more. anew: older pages (1.32) no longer draw what is there. */
 function write(anew) {
     const texts = textsToShow()
-    for (const node of app.canvas.graph.nodes.filter(node => node.subgraph || isOurs(node))) {
-        if (anew || !texts.has(node)) remove(node)
+    for (const node of app.canvas.graph.nodes) {
+        const mayRemove = isOurs(node) || written.has(widgetOf(node)) // what others say on a subgraph is theirs
+        if (mayRemove && (anew || !texts.has(node))) remove(node)
         if (!texts.has(node)) continue
         const text = [...texts.get(node)].join("\n")
         // An id alone is of the open graph.
         const detail = { nodeId: String(node.id), text, again: true }
         if (widgetOf(node)?.value !== text) api.dispatchCustomEvent("progress_text", detail)
         const widget = widgetOf(node)
-        if (widget) widget.serialize = false // older pages would save it as one more value
+        if (!widget) continue
+        widget.serialize = false // older pages would save it as one more value
+        written.add(widget)
     }
 }
 

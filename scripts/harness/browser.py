@@ -64,6 +64,15 @@ GRAPH_BOX = """() => { const {scale, offset} = app.canvas.ds, canvas = app.canva
 
 # Listens before it queues. The result of app.queuePrompt() is no signal: frontend 1.32 answers false for an accepted
 # workflow, later ones true. A rejected one starts nothing, so it is caught where the page posts it.
+# The view glides there: until ten frames have shown it at rest.
+FIT = """async () => {
+    await app.extensionManager.command.execute('Comfy.Canvas.FitView')
+    const frame = () => new Promise(requestAnimationFrame)
+    const view = () => `${app.canvas.ds.scale} ${app.canvas.ds.offset}`
+    for (let before = null, resting = 0; resting < 10; before = view()) {
+        await frame()
+        resting = view() === before ? resting + 1 : 0
+    } }"""
 RUN = """limit => new Promise((resolve, reject) => {
     const timer = setTimeout(() => reject(new Error(`no end of execution within ${limit} ms`)), limit)
     const end = (kind, detail) => { clearTimeout(timer); resolve(JSON.stringify({kind, detail})) }
@@ -126,6 +135,10 @@ class Page:
         self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         return self.state()
 
+    def fit(self) -> None:
+        """Have the view show the whole graph."""
+        self.page.evaluate(FIT)
+
     def load_api(self, workflow: dict[str, Any]) -> dict[str, Any]:
         """Load an API-format workflow and return it in UI format."""
         self.page.evaluate("workflow => app.loadApiJson(workflow, 'from api')", workflow)
@@ -168,8 +181,7 @@ class Page:
         view = self.page.viewport_size
         assert view is not None
         for _ in range(FITS):
-            self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-            self.page.wait_for_timeout(1000)  # the view glides there
+            self.fit()
             x, y, width, height = self.page.evaluate(GRAPH_BOX)
             if y + height <= view["height"]:
                 break

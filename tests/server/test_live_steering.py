@@ -95,7 +95,6 @@ INTO_SUBGRAPH = """() => { const graph = app.rootGraph ?? app.graph
     if (node) graph.convertToSubgraph(new Set([node]))
     const around = graph.nodes.find(node => node.subgraph)
     app.canvas.openSubgraph(around.subgraph, around) }"""
-FIT = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 SERIALIZE = "() => JSON.stringify((app.rootGraph ?? app.graph).serialize())"
 INNER_NODES = "() => app.canvas.graph.nodes.length"
 # How far the player reaches over its node's edges: left, right.
@@ -197,7 +196,7 @@ def test_nodes_2_0_a_subgraph_a_reload_and_a_second_tab_show_the_same_prompts(br
         page.page.evaluate(SET_WIDGETS, {**VALUES, "seed": 44, "resume": True})
         page.page.evaluate(INTO_SUBGRAPH)
         run(page)
-        page.page.evaluate(FIT)
+        page.fit()
         box(page).fill(NEXT)
         page.page.keyboard.press("Delete")  # is the box's, not the graph's
         page.page.keyboard.press("Tab")
@@ -219,7 +218,7 @@ def test_nodes_2_0_a_subgraph_a_reload_and_a_second_tab_show_the_same_prompts(br
             second.load(workflow)
             throttle(second)
             second.page.evaluate(INTO_SUBGRAPH)
-            second.page.evaluate(FIT)
+            second.fit()
             second.page.wait_for_function(
                 "document.querySelector('.helios-live video')?.currentTime > 0", timeout=60_000
             )

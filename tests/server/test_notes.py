@@ -119,6 +119,14 @@ def test_on_the_subgraph_around_it_and_within(page):
     page.page.get_by_text("What it says then.").filter(visible=True).wait_for()
 
 
+def test_what_others_say_on_a_subgraph_stays(page):
+    workflow = blueprint("Helios Text to Video")
+    page.load(workflow)
+    say(page, workflow["nodes"][0]["id"], "What somebody says.")
+    page.page.evaluate(TELL, ["execution_success", {"prompt_id": "one of before"}])
+    assert "What somebody says." in notes(page)
+
+
 def test_with_its_workflow_and_no_other_one(used_page):
     """Whose nodes have the same numbers."""
     workflow = read_workflow(FIRST_RUN)

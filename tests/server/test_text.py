@@ -198,8 +198,7 @@ def test_text_is_shown_as_text_and_nothing_of_it_runs(page, graph, text):
 )
 def test_an_open_list_of_names_runs_nothing(page, node, widget):
     page.load_api(shown(node))
-    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.page.wait_for_timeout(1000)  # the view glides there
+    page.fit()
     page.page.mouse.click(*page.page.evaluate(WIDGET, widget))
     page.page.wait_for_selector(".litecontextmenu")
     page.page.wait_for_timeout(200)
