@@ -8,12 +8,21 @@ from __future__ import annotations
 import reprlib
 import unicodedata
 from pathlib import PurePath
+from typing import TypeVar
 
 LONGEST = 4000  # characters of a whole message
 JOINERS = "\u200c\u200d"  # unprintable to Python, but Persian and many emoji are not readable without them
 
+Error = TypeVar("Error", bound=Exception)
+
 _repr = reprlib.Repr()  # of a list or an object of any size and depth
 _repr.maxstring = _repr.maxother = 80
+
+
+def known_by_its_name(kind: type[Error]) -> type[Error]:
+    """An error that people read: ComfyUI shows a class's module before its message, and for a pack that is a path."""
+    kind.__module__ = "builtins"
+    return kind
 
 
 def quoted(text: object, limit: int = 80) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import sleep
 from typing import BinaryIO
 
-from .quoting import printable
+from .quoting import known_by_its_name, printable
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -24,10 +24,9 @@ AGAIN_AFTER = (0.1, 0.4, 1.5, 3.0)  # s
 IN_USE = (5, 32)  # Windows' numbers for it: access is denied, and a sharing violation
 
 
+@known_by_its_name
 class CheckpointError(ValueError):
     """A checkpoint cannot be read. The message names the file, what is wrong with it and what to do."""
-
-    __module__ = "builtins"  # ComfyUI shows it before the message, and for a pack it is a path
 
     def __init__(self, message: str):
         super().__init__(printable(message))

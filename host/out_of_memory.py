@@ -10,6 +10,8 @@ import comfy.model_management
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from ..helios_core.quoting import known_by_its_name
+
 GIB = 1024**3
 CURE = (
     "Make the video smaller (width, height, batch_size) or shorter, or switch group_offload on; the memory of Helios "
@@ -26,10 +28,9 @@ RAN_OUT = re.compile(
 ASKED = re.compile(r"(?:tried to allocate|invalid buffer size:) (\d+ bytes|[\d.]+ \wi?B)", re.I)
 
 
+@known_by_its_name
 class OutOfMemory(comfy.model_management.OOM_EXCEPTION):
     """Told in one sentence. The host then unloads all models, which it does not for errors of the CPU's allocator."""
-
-    __module__ = "builtins"  # ComfyUI shows it before the message, and for a pack it is a path
 
 
 def ran_out(what: str, said: str, cure: str = CURE) -> OutOfMemory:

@@ -16,6 +16,7 @@ import comfy.model_management
 from comfy.cli_args import args
 from torch import Tensor
 
+from ...helios_core.quoting import known_by_its_name
 from ..out_of_memory import CURE, RAN_OUT, ran_out
 from ..printable import printable_log
 from .local import LocalProcesses
@@ -39,6 +40,7 @@ CLOSED = (
 )
 
 
+@known_by_its_name
 class WorkerError(RuntimeError):
     """The group has ended; the next run starts another."""
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import folder_paths
 
-from ...helios_core.quoting import quoted
+from ...helios_core.quoting import known_by_its_name, quoted
 from ..printable import printable_log
 from .plain_files import DAY, ordinary
 
@@ -41,6 +41,7 @@ SHOWN = 200  # characters of what a lock says of its holder
 LOCKED_BYTE = 1 << 30  # on Windows, where others cannot read what is locked
 
 
+@known_by_its_name
 class InUse(ValueError):
     """Another process is at work in the folder. Says which."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.history import HistoryLayout, Memory, Statistics
 from ...helios_core.json_file import parse_json
-from ...helios_core.quoting import quoted
+from ...helios_core.quoting import known_by_its_name, quoted
 from ...helios_core.regular_file import put_in_place
 from ..sockets.prompt_changes import Change
 from .plain_files import disk_errors, in_background, ordinary
@@ -39,6 +39,7 @@ WRONG = {
 }
 
 
+@known_by_its_name
 class BadChunk(ValueError):
     """A file that is not the chunk it should be. Says which and why."""
 

@@ -15,10 +15,13 @@ from comfy_api.latest import io
 
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.host import messages
+from comfyui_helios.host.cluster.workers import WorkerError
 from comfyui_helios.host.files import official
 from comfyui_helios.host.guard import guarded
 from comfyui_helios.host.out_of_memory import OutOfMemory
 from comfyui_helios.host.printable import listable, printable_log
+from comfyui_helios.host.stream.run_folder import InUse
+from comfyui_helios.host.stream.saved_chunks import BadChunk
 from comfyui_helios.nodes import HeliosExtension
 from comfyui_helios.nodes.load import HeliosModelLoader
 from comfyui_helios.nodes.prompts import HeliosPromptFromFile
@@ -129,7 +132,7 @@ def test_what_a_node_shows_is_the_same_text_whether_a_page_takes_it_for_html_or_
     assert not re.search(r"\[\[|__LNK", text)  # of which a page makes links
 
 
-@pytest.mark.parametrize("kind", [CheckpointError, OutOfMemory])
+@pytest.mark.parametrize("kind", [CheckpointError, OutOfMemory, WorkerError, InUse, BadChunk])
 def test_what_the_page_shows_before_an_error_is_no_path(kind):
     assert execution.full_type_name(kind) == kind.__name__
 
@@ -159,7 +162,6 @@ def test_every_list_of_options_leaves_them_out(tmp_path, monkeypatch, nothing_sh
             file.parent.mkdir(exist_ok=True)
             file.touch()
     monkeypatch.setattr(folder_paths, "input_directory", str(inputs))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     for kind, folder in (("diffusers", diffusers), ("diffusion_models", models)):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(folder)], {".safetensors"}))
     assert official.list_folders() == ["plain"]
