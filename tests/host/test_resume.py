@@ -293,31 +293,6 @@ def test_a_chunk_that_follows_on_another_one_is_refused(parts, output):
     assert "it follows on another chunk before it" in problem
 
 
-def test_memory_comes_back_as_it_was(output):
-    layout = resume.HistoryLayout((4, 2, 3), keep_first_frame=False)
-    statistics = resume.Statistics(torch.rand(2, 16), torch.rand(2, 16))
-    memory = resume.Memory(torch.rand(2, 16, layout.frames, 4, 6), None, layout, statistics, drifted=True)
-    rng = torch.Generator().manual_seed(5)
-    torch.randn(7, generator=rng)
-    chunk = resume.SavedChunk(torch.rand(2, 16, 9, 4, 6).bfloat16(), memory, rng.get_state())
-    kind = resume.Kind(chunk.latents.shape, layout, anchored=False, watched=True)
-    with resume.open_run("a" * 64, kind, "") as saved:
-        saved.save(0, chunk)
-    with resume.open_run("a" * 64, kind, "") as again:
-        assert again.count(5) == (1, None)
-        loaded = again.load(0)
-    assert loaded.latents.dtype == torch.bfloat16
-    assert torch.equal(loaded.latents, chunk.latents)
-    assert (loaded.memory.layout, loaded.memory.anchor, loaded.memory.drifted) == (layout, None, True)
-    assert torch.equal(loaded.memory.latents, memory.latents)
-    assert torch.equal(loaded.memory.statistics.mean, statistics.mean)
-    assert torch.equal(loaded.memory.statistics.var, statistics.var)
-    restored = torch.Generator()
-    restored.set_state(loaded.rng_state)
-    assert restored.initial_seed() == 5
-    assert torch.equal(torch.randn(3, generator=restored), torch.randn(3, generator=rng))
-
-
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_full_disk_keeps_what_is_saved(parts, whole, output, monkeypatch, at):
     calls = []
