@@ -44,11 +44,10 @@ def find_folder(name: str) -> Path:
         roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
         found = ", ".join(folders) or "none"
         unread = "; the log names what could not be read" if _told else ""
-        wanted = [repository for repository in REPOSITORIES if isinstance(name, str) and name.endswith(repository)]
+        wanted = next((repository for repository in REPOSITORIES if str(name).endswith(repository)), REPOSITORIES[0])
         raise ValueError(
             f"There is no Helios folder {quoted(name)} in {printable(roots)} (found: {found}{unread}). Put a copy of "
-            f"BestWishYsh/{(wanted or REPOSITORIES)[0]} there, without transformer_ode/, and refresh the page (R), or "
-            "choose another."
+            f"BestWishYsh/{wanted} there, without transformer_ode/, and refresh the page (R), or choose another."
         )
     return folders[name]
 

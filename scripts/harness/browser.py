@@ -62,8 +62,6 @@ GRAPH_BOX = """() => { const {scale, offset} = app.canvas.ds, canvas = app.canva
     return [canvas.x + (left + offset[0]) * scale, canvas.y + (top + offset[1]) * scale,
             (right - left) * scale, (bottom - top) * scale] }"""
 
-# Listens before it queues. The result of app.queuePrompt() is no signal: frontend 1.32 answers false for an accepted
-# workflow, later ones true. A rejected one starts nothing, so it is caught where the page posts it.
 # The view glides there: until ten frames have shown it at rest.
 FIT = """async () => {
     await app.extensionManager.command.execute('Comfy.Canvas.FitView')
@@ -73,6 +71,9 @@ FIT = """async () => {
         await frame()
         resting = view() === before ? resting + 1 : 0
     } }"""
+
+# Listens before it queues. The result of app.queuePrompt() is no signal: frontend 1.32 answers false for an accepted
+# workflow, later ones true. A rejected one starts nothing, so it is caught where the page posts it.
 RUN = """limit => new Promise((resolve, reject) => {
     const timer = setTimeout(() => reject(new Error(`no end of execution within ${limit} ms`)), limit)
     const end = (kind, detail) => { clearTimeout(timer); resolve(JSON.stringify({kind, detail})) }

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from make_blueprints import find
 
 from harness.small import FIRST_RUN, ROOT, read_workflow
 
@@ -37,11 +38,6 @@ SWITCH = """path => { const tab = app.extensionManager.workflow.getWorkflowByPat
     return app.loadGraphData(tab.activeState, true, true, tab) }"""
 
 
-def the(kind, nodes):
-    [node] = [node for node in nodes if node["type"] == kind]
-    return node
-
-
 def say(page, ids, text):
     page.page.evaluate(SAY, [str(ids), text])
 
@@ -57,7 +53,7 @@ def blueprint(name):
 def test_until_the_node_takes_it_back(used_page):
     workflow = read_workflow(FIRST_RUN)
     used_page.load(workflow)
-    ids = the(NODE, workflow["nodes"])["id"]
+    ids = find(workflow["nodes"], NODE)["id"]
     say(used_page, ids, "What it says.")
     used_page.page.evaluate(END, NOTE)
     assert notes(used_page) == ["What it says."]
@@ -70,7 +66,7 @@ def test_until_the_node_runs_again(used_page):
     """The server takes it back too, unless a node of that number in another workflow has had nothing to say since."""
     workflow = read_workflow(FIRST_RUN)
     used_page.load(workflow)
-    ids = str(the(NODE, workflow["nodes"])["id"])
+    ids = str(find(workflow["nodes"], NODE)["id"])
     for run in ("one", "another"):
         used_page.page.evaluate(TELL, ["execution_start", {"prompt_id": run}])
         used_page.page.evaluate(TELL, ["executing", ids])
@@ -82,7 +78,7 @@ def test_until_the_node_runs_again(used_page):
 
 def test_on_no_other_node_of_its_number(page):
     workflow = blueprint("Helios Text to Video")
-    inside = the(NODE, workflow["definitions"]["subgraphs"][0]["nodes"])
+    inside = find(workflow["definitions"]["subgraphs"][0]["nodes"], NODE)
     unconnected = {
         "inputs": [{**entry, "link": None} for entry in inside["inputs"]],
         "outputs": [{**entry, "links": []} for entry in inside["outputs"]],
@@ -101,7 +97,7 @@ def test_on_the_subgraph_around_it_and_within(page):
     values = page.page.evaluate(VALUES)
     [outer] = workflow["nodes"]
     inside = workflow["definitions"]["subgraphs"][0]["nodes"]
-    first, second = (f"{outer['id']}:{the(kind, inside)['id']}" for kind in (NODE, "HeliosStreamVideo"))
+    first, second = (f"{outer['id']}:{find(inside, kind)['id']}" for kind in (NODE, "HeliosStreamVideo"))
     say(page, first, "What one says.")
     say(page, second, "What another says.")
     assert notes(page) == ["What one says.\nWhat another says."]
@@ -132,7 +128,7 @@ def test_with_its_workflow_and_no_other_one(used_page):
     workflow = read_workflow(FIRST_RUN)
     used_page.load(workflow)
     tab = used_page.page.evaluate(TAB)
-    say(used_page, the(NODE, workflow["nodes"])["id"], "What it says.")
+    say(used_page, find(workflow["nodes"], NODE)["id"], "What it says.")
     used_page.load(workflow)
     assert notes(used_page) == []
     used_page.page.evaluate(SWITCH, tab)
@@ -142,7 +138,7 @@ def test_with_its_workflow_and_no_other_one(used_page):
 def test_on_none_where_no_workflow_has_an_id_of_its_own(used_page):
     workflow = read_workflow(FIRST_RUN) | {"id": NO_ID}
     used_page.load(workflow)
-    say(used_page, the(NODE, workflow["nodes"])["id"], "What it says.")
+    say(used_page, find(workflow["nodes"], NODE)["id"], "What it says.")
     used_page.load(workflow)
     assert notes(used_page) == []
 
@@ -157,7 +153,7 @@ def test_of_a_run_whose_workflow_is_not_open(used_page):
     used_page.page.unroute("**/prompt")
     used_page.load(workflow)
     used_page.page.evaluate(TELL, ["execution_start", answer])
-    say(used_page, the(NODE, workflow["nodes"])["id"], "What it says.")
+    say(used_page, find(workflow["nodes"], NODE)["id"], "What it says.")
     assert notes(used_page) == []
     used_page.page.evaluate(SWITCH, tab)
     assert notes(used_page) == ["What it says."]
