@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS, num_chunks
-from ...helios_core.history import Memory, keep_last
+from ...helios_core.history import HistoryLayout, Memory, keep_last
 from ...helios_core.video import VideoStart, VideoState
 
 STATE_KEY = "helios"
@@ -97,6 +97,21 @@ def _ends_in(samples: Tensor, memory: Memory) -> bool:
     return shown.shape == kept.shape and torch.allclose(normalise(shown), kept, atol=1e-3)
 
 
+def _shown_by(layout: HistoryLayout, memory: Memory, latent: dict[str, Any]) -> Memory:
+    """A LATENT's memory, and of its samples what this layout shows and that run did not keep: anchor and older frames.
+
+    Raises ValueError where some are needed and the samples hold NaN.
+    """
+    kept = memory.latents.shape[2]
+    if memory.anchor is not None and layout.frames <= kept:
+        return memory
+    samples = check_latent(latent, "previous", whole_chunks=False)
+    length = samples.shape[2]
+    older = normalise(samples[:, :, max(0, length - layout.frames) : max(0, length - kept)])
+    anchor = normalise(samples[:, :, :1]) if memory.anchor is None else memory.anchor
+    return replace(memory, latents=torch.cat([older, memory.latents], dim=2), anchor=anchor).with_layout(layout)
+
+
 def follow(start: VideoStart, latent: dict[str, Any]) -> tuple[VideoStart, Memory, bool]:
     """The start of a video that goes on from a LATENT, the memory it goes on from, and whether the LATENT carried it.
 
@@ -106,8 +121,8 @@ def follow(start: VideoStart, latent: dict[str, Any]) -> tuple[VideoStart, Memor
     samples = check_latent(latent, "previous", values=False, whole_chunks=False)
     carried, state = latent.get(STATE_KEY), video_state(latent)
     if state is not None and state.memory is not None:
-        start = replace(start, source=state.memory, first_index=state.next_chunk, rng_state=state.rng_state)
-        return start, state.memory, True
+        memory = _shown_by(start.layout, state.memory, latent)
+        return replace(start, source=memory, first_index=state.next_chunk, rng_state=state.rng_state), memory, True
     if isinstance(carried, VideoState) and carried.memory is None:
         raise ValueError(
             "The LATENT on `previous` was never sampled: it comes straight from Helios History Injection. "

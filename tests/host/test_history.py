@@ -199,6 +199,20 @@ def test_a_latent_that_lost_its_key_goes_on_from_its_last_frames_with_a_warning(
     assert video_state(result).next_chunk == 3
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({"keep_first_frame": False}, {}), ({}, {"history_long": 40}), ({"history_long": 1, "history_mid": 1}, {})],
+    ids=["anchor", "longer", "as usual after short"],
+)
+def test_going_on_with_more_history_shows_what_the_latent_holds(model, before, after):
+    """As one that lost its key does: neither zeros for frames that are there, nor a video without its beginning."""
+    first = sample(model, AMPLIFIED, 165, **before)
+    going_on = {"frames": 33, "seed": 5, "seed_mode": "new", **after}
+    with_key = sample(model, AMPLIFIED, previous=first, **going_on)
+    lost = sample(model, AMPLIFIED, previous={"samples": first["samples"]}, **going_on)
+    assert difference(with_key["samples"], lost["samples"]) < 1e-4
+
+
 def test_anti_drift_corrects_the_history_and_not_the_video(model):
     plain = sample(model, AMPLIFIED, 66)["samples"]
     schedule = run_node(HeliosAntiDrift, AMPLIFIED, 0.9, 0.9, 0.15, 0.15, 0.1)[0]
