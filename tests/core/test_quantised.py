@@ -165,7 +165,7 @@ LAYER = "blocks__0__attn1__to_q"
         ({"weight": torch.ones(128, 128)}, "blocks.0.attn1.to_q.weight (128, 128) of float32 for (128, 128) of float8"),
         ({"weight": torch.ones(128, 64).to(torch.float8_e4m3fn)}, "to_q.weight (128, 64) of float8_e4m3fn for (128, 1"),
         (
-            {"comfy_quant": mark(FP8 | {"convrot_groupsize": "all"})},
+            {"comfy_quant": mark(FP8 | {"convrot": True, "convrot_groupsize": "all"})},
             "to_q.weight has convrot_groupsize 'all' for 128 col",
         ),
         ({"weight_scale_2": torch.ones(())}, "1 tensors of quantised layers that are missing or not as their format"),
