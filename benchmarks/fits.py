@@ -16,22 +16,39 @@ import torch
 
 GB = 1e9
 KEPT = 3  # blocks at either end, by scripts/convert_checkpoint.py
-FORMATS = {"bf16": None, "fp8_scaled": KEPT, "fp8_scaled, all blocks": 0}  # blocks that are kept at either end
+QUANTS = ("fp8_scaled", "int8", "w4a8", "nvfp4")
+FORMATS: dict[str, tuple[str, int] | None] = {  # --quant, and how many blocks are kept at either end
+    "bf16": None,
+    **{quant: (quant, KEPT) for quant in QUANTS},
+    **{f"{quant}, all blocks": (quant, 0) for quant in QUANTS},
+}
 LEVELS: tuple[Literal["block", "leaf"] | None, ...] = (None, "block", "leaf")
 
 
-def network(kept: int | None) -> Any:
-    """The 14B on meta, its blocks but for those in scaled fp8."""
+def network(made: tuple[str, int] | None) -> Any:
+    """The 14B on meta, quantised but for some blocks."""
     from comfyui_helios.helios_core.config import TransformerConfig
     from comfyui_helios.helios_core.loading import replace_layers
-    from comfyui_helios.helios_core.scaled_linear import ScaledLinear
     from comfyui_helios.helios_core.transformer import HeliosTransformer
 
     model = HeliosTransformer(TransformerConfig(), dtype=torch.bfloat16, device="meta").requires_grad_(False)
-    for block in () if kept is None else model.blocks[kept : len(model.blocks) - kept]:
+    quant, kept = made or ("", len(model.blocks))
+    for block in model.blocks[kept : len(model.blocks) - kept]:
         linears = [name for name, x in block.named_modules() if isinstance(x, torch.nn.Linear)]
-        replace_layers(block, linears, lambda name, linear: ScaledLinear(linear))
+        replace_layers(block, linears, lambda name, linear: packed(quant, linear))
     return model
+
+
+def packed(quant: str, linear: torch.nn.Linear) -> torch.nn.Module:
+    """What has the parameters that a Linear has in a format."""
+    from quantisers import QUANTISERS, planned_parts
+
+    layer = torch.nn.Module()
+    layer.bias = linear.bias
+    for part, (dtype, shape) in planned_parts(QUANTISERS[quant], linear.out_features, linear.in_features).items():
+        values = torch.empty(shape, dtype=dtype, device="meta")
+        setattr(layer, part, torch.nn.Parameter(values, requires_grad=False))
+    return layer
 
 
 def activations(cached: bool) -> float:
@@ -59,8 +76,8 @@ def main() -> None:
         from comfyui_helios.helios_core.offload import Offloader
 
         print("| format | group_offload | weights on the card | with a forward |\n|---|---|---:|---:|")
-        for name, kept in FORMATS.items():
-            model = network(kept)
+        for name, made in FORMATS.items():
+            model = network(made)
             for level in LEVELS:
                 weights = sum(x.nbytes for x in model.parameters())
                 if level is not None:

@@ -27,7 +27,7 @@ SIZE = (8, 16)  # in latents
 def write_zeros(file: Path, config: TransformerConfig) -> None:
     empty = HeliosTransformer(config, dtype=torch.bfloat16, device="meta").state_dict()
     unread: Any = SimpleNamespace(config=config, tensors=empty)  # of a checkpoint what a file's plan needs
-    layout = lay_out(unread, torch.bfloat16, None, {})
+    layout = lay_out(unread, torch.bfloat16, None, None)
     with file.open("wb") as stream:
         stream.write(layout.header)
         stream.truncate(layout.size)

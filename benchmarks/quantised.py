@@ -1,10 +1,10 @@
 """What each format of the weights costs, and what it saves: `make bench-quant`.
 
-Files as scripts/convert_checkpoint.py makes them, of one set of loud random weights, run by the core. Errors are root
-mean squares against float32, as fractions of its values: of one forward, and of the latents of two [2, 2, 2] chunks, by
-which what a forward rounds has been denoised on. The table goes to build/quantised.md, with its rows in
-build/quantised.json. Whether a video still shows what it was asked for: `benchmarks/meaning.py --transformer`; what a
-card makes of it is a part of `make gpu`.
+Files as scripts/convert_checkpoint.py makes them, of one set of loud random weights, run by the core, with layers of
+comfy-kitchen's where a format is only computed there. Errors are root mean squares against float32, as fractions of its
+values: of one forward, and of the latents of two [2, 2, 2] chunks, by which what a forward rounds has been denoised on.
+The table goes to build/quantised.md, with its rows in build/quantised.json. Whether a video still shows what it was
+asked for: `benchmarks/meaning.py --transformer`; what a card makes of it is a part of `make gpu`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from typing import Any
 
 import paths  # noqa: F401
 import torch
+import torch.nn.functional as F
 from convert_checkpoint import Quantising, convert
 from measure import ROOT, in_turns, machine
+from quantisers import ByKitchen
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.errors import mean_error
 from harness.tiny import make_loud
-from helios_core.checkpoint import published_name
+from helios_core.checkpoint import open_checkpoint, published_name
 from helios_core.config import TransformerConfig
 from helios_core.generate import Run, generate
 from helios_core.history import Memory
-from helios_core.loading import load_transformer
+from helios_core.loading import load_transformer, replace_layers
 from helios_core.predict import bind_transformer
 from helios_core.scaled_linear import LARGEST, ScaledLinear
 from helios_core.schedule import DISTILLED
@@ -52,12 +54,17 @@ class Format:
     name: str
     dtype: torch.dtype = torch.bfloat16
     quantising: Quantising | None = None
-    rounds_inputs: bool = False  # as hosts do that multiply in fp8
+    rounds_inputs: bool = False  # as hosts do that multiply in the format
 
     @property
     def timed(self) -> bool:
         """Whether the core computes with it as it is, and not with what stands for it."""
-        return self.dtype != torch.float8_e4m3fn and not self.rounds_inputs
+        return self.dtype != torch.float8_e4m3fn and not self.rounds_inputs and self.kitchen is None
+
+    @property
+    def kitchen(self) -> ByKitchen | None:
+        quantiser = self.quantising and self.quantising.quantiser
+        return quantiser if isinstance(quantiser, ByKitchen) else None
 
 
 FP32, BF16 = Format("fp32", torch.float32), Format("bf16")
@@ -68,7 +75,28 @@ FORMATS = (
     Format("fp8_scaled", quantising=Quantising()),
     Format("fp8_scaled, all blocks", quantising=Quantising(keep=())),
     Format("fp8_scaled, all blocks, multiplied in fp8", quantising=Quantising(keep=()), rounds_inputs=True),
+    Format("int8", quantising=Quantising("int8")),
+    Format("int8, all blocks", quantising=Quantising("int8", keep=())),
+    Format("w4a8", quantising=Quantising("w4a8")),
+    Format("w4a8, all blocks", quantising=Quantising("w4a8", keep=())),
+    Format("nvfp4", quantising=Quantising("nvfp4")),
+    Format("nvfp4, all blocks", quantising=Quantising("nvfp4", keep=())),
+    Format("nvfp4, all blocks, multiplied in nvfp4", quantising=Quantising("nvfp4", keep=()), rounds_inputs=True),
 )
+
+
+class KitchenLinear(nn.Module):
+    """A Linear with a weight of comfy-kitchen's, as hosts multiply with it: in int8 for int8 and w4a8, else decoded."""
+
+    def __init__(self, weight: Any, bias: Tensor | None, rounds_inputs: bool):
+        super().__init__()
+        self.weight, self.bias, self.rounds_inputs = weight, bias, rounds_inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rounds_inputs:
+            flat = self.weight.from_float(x.flatten(0, -2), self.weight._layout_cls)
+            x = flat.dequantize().view_as(x)
+        return F.linear(x, self.weight, self.bias)
 
 
 def write_weights(file: Path) -> Path:
@@ -87,14 +115,29 @@ def made(kind: Format, source: Path, folder: Path) -> Path:
     return target
 
 
-def loaded(kind: Format, file: Path) -> HeliosTransformer:
-    """What computes with a file. fp8 without scales is decoded once; hosts do it at every step."""
-    network = load_transformer(file, torch.float32 if kind == FP32 else torch.bfloat16)
+def loaded(kind: Format, file: Path, exact: HeliosTransformer) -> HeliosTransformer:
+    """What computes with a file, whose weights are those of `exact`. fp8 without scales is decoded once; hosts do it at
+    every step."""
+    if kind.kitchen is not None:
+        return with_kitchen(kind, kind.kitchen, file, exact)
+    network = load_transformer(file, torch.bfloat16)
     if kind.rounds_inputs:
         for module in network.modules():
             if isinstance(module, ScaledLinear):
                 module.register_forward_pre_hook(lambda module, args: (in_fp8(args[0]),))
     return network
+
+
+def with_kitchen(kind: Format, kitchen: ByKitchen, file: Path, exact: HeliosTransformer) -> HeliosTransformer:
+    network = HeliosTransformer(CONFIG, dtype=torch.bfloat16)
+    network.load_state_dict(exact.state_dict())
+
+    def layer(name: str, linear: nn.Linear) -> nn.Module:
+        weight = kitchen.pack(exact.get_parameter(f"{name}.weight")).to(dtype=torch.bfloat16)
+        return KitchenLinear(weight, linear.bias, kind.rounds_inputs)
+
+    replace_layers(network, open_checkpoint(file).quantised, layer)
+    return network.eval().requires_grad_(False)
 
 
 def in_fp8(x: Tensor) -> Tensor:
@@ -122,16 +165,17 @@ def rows(turns: int) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         source = write_weights(Path(folder) / "fp32.safetensors")
         files = {kind: made(kind, source, Path(folder)) for kind in FORMATS}
-        exact, half = loaded(FP32, source), loaded(BF16, files[BF16])
+        exact = load_transformer(source, torch.float32)
+        half = loaded(BF16, files[BF16], exact)
         wanted = [make(exact) for make in (forward, chunks)]
         for kind, file in files.items():
-            network = loaded(kind, file)
+            network = exact if kind == FP32 else loaded(kind, file, exact)
             errors = [mean_error(make(network), found) for make, found in zip((forward, chunks), wanted, strict=True)]
             took = in_turns(partial(forward, network), partial(forward, half), turns) if kind.timed else None
             yield {
                 "format": kind.name,
                 "disk": file.stat().st_size,
-                "memory": memory(kind, network),
+                "memory": file.stat().st_size if kind.kitchen else memory(kind, network),
                 "forward_error": errors[0],
                 "chunks_error": errors[1],
                 "seconds": took and took[0],

@@ -6,6 +6,7 @@ Whatever it says it with, one `QuantisedLayer` comes out for each layer. Nothing
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ MARK = "comfy_quant"  # beside a layer's weight: the same as bytes, a layer at a
 LEGACY_MARK = "scaled_fp8"  # one for a whole file of the oldest kind, whose layers have a `scale_weight`
 LEGACY_PARTS = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FULL_PRECISION = "full_precision_matrix_mult"  # setting: the host must not multiply in the format
-GROUP_SIZE = "convrot_groupsize"  # setting of int8_tensorwise: how many columns were rotated together
+ROTATES, ROTATED_TOGETHER = "convrot", "convrot_groupsize"  # settings: whether columns were rotated, how many at once
+SCALED_TOGETHER = "group_size"  # setting of asym_w4a8_int8: how many columns have a scale in common
+TOGETHER = {ROTATED_TOGETHER: (4, 16, 64, 256, 1024), SCALED_TOGETHER: (4, 8, 16, 32, 64, 128)}  # that hosts can
 LARGEST_MARK = 4096  # bytes
 
 Shape = tuple[int, ...]
@@ -35,8 +38,9 @@ class Part:
     """A tensor that a quantised layer has in a file: the types and shapes it may have."""
 
     dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape, ...]  # of them, as of the types, the first is usual
     optional: bool = False
+    is_scale: bool = True  # if of floats: no value is below 0
 
     @property
     def is_number(self) -> bool:
@@ -82,7 +86,24 @@ def _nvfp4(rows: int, columns: int) -> dict[str, Part]:
 def _int8(rows: int, columns: int) -> dict[str, Part]:
     return {
         "weight": Part((torch.int8,), ((rows, columns),)),
-        "weight_scale": Part(FLOATS, (*NUMBER, (rows,), (rows, 1))),
+        "weight_scale": Part(FLOATS, ((rows, 1), (rows,), *NUMBER)),
+    }
+
+
+def _w4a4(rows: int, columns: int) -> dict[str, Part]:
+    return {
+        "weight": Part((torch.int8,), ((rows, columns // 2),)),  # two values a byte
+        "weight_scale": Part(FLOATS, ((rows,), (rows, 1))),
+    }
+
+
+def _w4a8(rows: int, columns: int, together: int = 16) -> dict[str, Part]:
+    scales = (torch.float8_e4m3fn, torch.uint8, torch.float32)
+    return {
+        "weight": Part((torch.int8,), ((rows, columns // 2),)),
+        "weight_s_rel": Part(scales, ((rows, columns // together),)),
+        "weight_s_channel": Part((torch.float32,), ((rows,),)),
+        "weight_codebook": Part((torch.float32,), ((16,),), optional=True, is_scale=False),
     }
 
 
@@ -90,12 +111,14 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-FORMATS: dict[str, Callable[[int, int], dict[str, Part]]] = {
+FORMATS: dict[str, Callable[..., dict[str, Part]]] = {  # of rows and columns
     "float8_e4m3fn": _float8(torch.float8_e4m3fn),
     "float8_e5m2": _float8(torch.float8_e5m2),
     "mxfp8": _mxfp8,
     "nvfp4": _nvfp4,
     "int8_tensorwise": _int8,
+    "convrot_w4a4": _w4a4,
+    "asym_w4a8_int8": _w4a8,
 }
 ONE_SCALE = {  # formats whose values are the weight's, but for one factor
     "float8_e4m3fn": torch.float8_e4m3fn,
@@ -111,6 +134,24 @@ class QuantisedLayer:
     format: str  # one of FORMATS
     settings: Mapping[str, Any]  # as the file has them, the format among them
     parts: Mapping[str, StoredTensor]  # what lies beside the weight
+
+    @property
+    def together(self) -> dict[str, Any]:
+        """By setting: how many columns were treated as one, as the file says or as ComfyUI takes it to mean."""
+        more = self.settings.get("params")
+        told = {**(more if isinstance(more, dict) else {}), **self.settings}
+        usual = {}
+        if self.format in ("convrot_w4a4", "asym_w4a8_int8") or told.get(ROTATES):
+            usual[ROTATED_TOGETHER] = 256
+        if self.format == "asym_w4a8_int8":
+            usual[SCALED_TOGETHER] = 16
+        return {name: told.get(name, size) for name, size in usual.items()}
+
+    def kinds(self, rows: int, columns: int) -> dict[str, Part]:
+        """What the format has a matrix of this size made of."""
+        together = self.together
+        more = [together[SCALED_TOGETHER]] if SCALED_TOGETHER in together else []
+        return FORMATS[self.format](rows, columns, *more)
 
 
 def split_quantised(
@@ -147,7 +188,15 @@ def split_quantised(
 
 def misfits(layer: QuantisedLayer, weight: StoredTensor, shape: Shape) -> Iterator[str]:
     """What of a quantised layer's tensors is not there, or not as its format has it for a matrix of this shape."""
-    expected = FORMATS[layer.format](*shape)
+    wrong = [
+        f"{weight.key} has {name} {quoted(size)} for {shape[1]} columns"
+        for name, size in layer.together.items()
+        if type(size) is not int or size not in TOGETHER[name] or shape[1] % size
+    ]
+    if wrong:
+        yield from wrong
+        return
+    expected = layer.kinds(*shape)
     found = {"weight": weight, **layer.parts}
     for name, part in expected.items():
         if name not in found:
@@ -159,10 +208,6 @@ def misfits(layer: QuantisedLayer, weight: StoredTensor, shape: Shape) -> Iterat
                 f"{' or '.join(map(_said, part.dtypes))}"
             )
     yield from (tensor.key for name, tensor in layer.parts.items() if name not in expected)
-    more = layer.settings.get("params")
-    size = ({**(more if isinstance(more, dict) else {}), **layer.settings}).get(GROUP_SIZE)
-    if size is not None and (type(size) is not int or size < 1 or shape[1] % size):
-        yield f"{weight.key} has {GROUP_SIZE} {quoted(size)} for {shape[1]} columns"
 
 
 def read_parts(layer: QuantisedLayer) -> dict[str, Tensor]:
@@ -175,7 +220,8 @@ def read_parts(layer: QuantisedLayer) -> dict[str, Tensor]:
     kinds = FORMATS[layer.format](1, 1)
     parts = {}
     for name, values in read_tensors(layer.parts, target):
-        if values.dtype == torch.float32 and not (values.isfinite() & (values >= 0)).all():
+        least = 0.0 if kinds[name].is_scale else -math.inf
+        if values.dtype == torch.float32 and not (values.isfinite() & (values >= least)).all():
             stored = layer.parts[name]
             raise CheckpointError(
                 f"{stored.file} is damaged: {quoted(stored.key)} has values that are no scale, as NaN or numbers below "

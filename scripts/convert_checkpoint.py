@@ -1,4 +1,4 @@
-"""Make one small .safetensors file of a Helios transformer: official fp32 weights -> bf16, fp16 or fp8, for good."""
+"""Make one small .safetensors file of a Helios transformer: official fp32 weights -> bf16, fp16 or less, for good."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,17 +20,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where the Python of ComfyUI's portable build does not look
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from output_file import check_target, check_unused, replacing, run
+from quantisers import QUANTISERS, Quantiser, planned_parts
 
 from helios_core.checkpoint import CONFIG_KEY, VARIANT_KEY, Checkpoint, open_checkpoint, published_name, target_dtypes
 from helios_core.config import Variant
 from helios_core.quantised import FULL_PRECISION, METADATA_KEY, metadata_text
 from helios_core.regular_file import CheckpointError
 from helios_core.safetensors_file import DTYPES, read_tensors
-from helios_core.scaled_linear import quantise, relative_error, scale_of
 
 CHOICES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
-FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FP8 = "float8_e4m3fn"  # the format, as ComfyUI calls it
+FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int8: "I8", torch.uint8: "U8"}
 KEPT_AT_EITHER_END = 3  # blocks
 
 
@@ -41,16 +40,25 @@ class Layout:
     header: bytes
     offsets: dict[str, int]  # from the start of the file
     dtypes: dict[str, torch.dtype]
+    shapes: dict[str, tuple[int, ...]]
     quantised: Collection[str]  # layers
     size: int  # bytes of the whole file
+
+    def fits(self, name: str, tensor: Tensor) -> bool:
+        return (tensor.dtype, tuple(tensor.shape)) == (self.dtypes[name], self.shapes[name])
 
 
 @dataclass(frozen=True)
 class Quantising:
-    """What scaled fp8 is to be made of. keep: numbers of blocks, from the end below 0, and parts of layers' names."""
+    """What is to be quantised, and how. keep: numbers of blocks, from the end below 0, and parts of layers' names."""
 
+    quant: str = "fp8_scaled"  # one of QUANTISERS
     keep: Sequence[str] | None = None  # None: the first and the last blocks
-    full_precision: bool = False  # hosts are asked not to multiply in fp8
+    full_precision: bool = False  # hosts are asked not to multiply in the format
+
+    @property
+    def quantiser(self) -> Quantiser:
+        return QUANTISERS[self.quant]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,6 @@ class LayerError:
     """What rounding a layer's matrix did to it."""
 
     layer: str
-    scale: float
     error: float  # root of the mean square, as a fraction of the matrix's own
 
 
@@ -88,22 +95,23 @@ def lay_out(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     variant: Variant | None,
-    quantised: Mapping[str, Mapping[str, object]],
+    quantising: Quantising | None,
 ) -> Layout:
-    """Plan the file. Tensors of wide types go first, so that each lies on a multiple of its own element size.
-
-    quantised: settings of layers that are to be scaled fp8.
-    """
+    """Plan the file. Tensors of wide types go first, so that each lies on a multiple of its own element size."""
     dtypes = target_dtypes(checkpoint.config, dtype)
     shapes = {name: checkpoint.tensors[name].shape for name in dtypes}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(checkpoint.config.to_dict())}
     if variant is not None:
         metadata[VARIANT_KEY] = variant
-    if quantised:
+    quantised = {}
+    if quantising is not None:
+        more = {FULL_PRECISION: True} if quantising.full_precision else {}
+        for layer in quantised_layers(checkpoint, quantising):
+            rows, columns = shapes[f"{layer}.weight"]
+            quantised[layer] = quantising.quantiser.settings(columns) | more
+            for part, kind in planned_parts(quantising.quantiser, rows, columns).items():
+                dtypes[f"{layer}.{part}"], shapes[f"{layer}.{part}"] = kind
         metadata[METADATA_KEY] = metadata_text(quantised)
-    for layer in quantised:
-        dtypes |= {f"{layer}.weight": torch.float8_e4m3fn, f"{layer}.weight_scale": torch.float32}
-        shapes[f"{layer}.weight_scale"] = ()
     header: dict[str, object] = {"__metadata__": metadata}
     relative: dict[str, int] = {}
     end = 0
@@ -120,7 +128,7 @@ def lay_out(
     text += b" " * (-len(text) % 8)
     packed = len(text).to_bytes(8, "little") + text
     offsets = {name: len(packed) + start for name, start in relative.items()}
-    return Layout(packed, offsets, dtypes, quantised.keys(), len(packed) + end)
+    return Layout(packed, offsets, dtypes, shapes, quantised.keys(), len(packed) + end)
 
 
 def convert(
@@ -148,22 +156,20 @@ def convert(
         raise CheckpointError(f"{target} is itself read for the conversion. Choose another target.")
     if checkpoint.quantised:
         raise CheckpointError(f"{source} is quantised already. Convert the weights that it was made from.")
-    layers = [] if quantising is None else quantised_layers(checkpoint, quantising)
-    setting = {"format": FP8} | ({FULL_PRECISION: True} if quantising and quantising.full_precision else {})
-    layout = lay_out(checkpoint, dtype, variant, dict.fromkeys(layers, setting))
+    layout = lay_out(checkpoint, dtype, variant, quantising)
     if (free := shutil.disk_usage(target.parent).free) < layout.size:
         raise CheckpointError(
             f"{target.parent} has {free / 1e9:.2f} GB free, the file needs {layout.size / 1e9:.2f} GB. "
             "Make room, or choose a target on another disk."
         )
     with replacing(target) as partial:
-        errors = write(checkpoint, layout, partial)
+        errors = write(checkpoint, layout, quantising, partial)
     said = variant or "variant unknown, see --variant"
     made = f"{target}: {layout.size / 1e9:.2f} GB, {len(layout.offsets)} tensors, {said}"
-    return f"{made}; {write_report(target, errors)}" if errors else made
+    return made if quantising is None else f"{made}; {write_report(target, quantising.quant, errors)}"
 
 
-def write(checkpoint: Checkpoint, layout: Layout, target: Path) -> list[LayerError]:
+def write(checkpoint: Checkpoint, layout: Layout, quantising: Quantising | None, target: Path) -> list[LayerError]:
     errors = []
     with (
         target.open("wb") as stream,
@@ -179,16 +185,22 @@ def write(checkpoint: Checkpoint, layout: Layout, target: Path) -> list[LayerErr
 
         bar.update(stream.write(layout.header))
         for name, tensor in read_tensors(checkpoint.tensors, read_as):
-            if (layer := name.removesuffix(".weight")) not in layout.quantised:
+            if quantising is None or (layer := name.removesuffix(".weight")) not in layout.quantised:
                 put(name, tensor)
                 continue
-            scale = scale_of(tensor)
-            if not scale.isfinite():
+            if not torch.stack(tensor.aminmax()).isfinite().all():
                 raise CheckpointError(f"{checkpoint.path} has NaN or infinity in {name}. Download it again.")
-            quantised = quantise(tensor, scale)
-            put(name, quantised)
-            put(f"{layer}.weight_scale", scale)
-            errors.append(LayerError(layer, scale.item(), relative_error(tensor, quantised, scale)))
+            parts, error = quantising.quantiser.make(tensor)
+            made = {f"{layer}.{part}": values for part, values in parts.items()}
+            planned = {f"{layer}.{part}" for part in quantising.quantiser.parts}
+            if made.keys() != planned or not all(layout.fits(*part) for part in made.items()):
+                raise CheckpointError(
+                    f"This version of comfy-kitchen makes something else of {layer} than what ComfyUI 0.33 reads. "
+                    "Install comfy-kitchen 0.2.31, or use fp8_scaled."
+                )
+            for part in made.items():
+                put(*part)
+            errors.append(LayerError(layer, error))
         stream.flush()
         os.fsync(stream.fileno())  # a power cut after the rename must not leave a file of zeros
     return errors
@@ -198,16 +210,16 @@ def report_beside(target: Path) -> Path:
     return target.with_suffix(".report.txt")
 
 
-def write_report(target: Path, errors: Collection[LayerError]) -> str:
+def write_report(target: Path, quant: str, errors: Collection[LayerError]) -> str:
     """Write what quantising did to each layer beside the target, the worst first, and say in a line what that was."""
     worst = sorted(errors, key=lambda x: -x.error)
     file = report_beside(target)
-    lines = [f"{x.error:.5f}  {x.scale:.4e}  {x.layer}" for x in worst]
-    title = f"{len(worst)} matrices of {target.name} in scaled fp8: root mean square error as a fraction of the matrix"
-    file.write_text("\n".join([title, "error    scale       layer", *lines]) + "\n", encoding="utf-8")
+    lines = [f"{x.error:.5f}  {x.layer}" for x in worst]
+    title = f"{len(worst)} matrices of {target.name} in {quant}: root mean square error as a fraction of the matrix"
+    file.write_text("\n".join([title, "error    layer", *lines]) + "\n", encoding="utf-8")
     middle = worst[len(worst) // 2].error
     return (
-        f"{len(worst)} matrices in scaled fp8, with an error of {100 * middle:.2f} % and at most "
+        f"{len(worst)} matrices in {quant}, with an error of {100 * middle:.2f} % and at most "
         f"{100 * worst[0].error:.2f} % ({worst[0].layer}); of each: {file}"
     )
 
@@ -237,9 +249,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--quant",
-        choices=["fp8_scaled"],
-        help="hold the blocks' matrices in float8_e4m3fn with a scale each, and all else in --dtype; what that did to "
-        "each goes into a report beside the target",
+        choices=QUANTISERS,
+        help="hold the blocks' matrices in this, and all else in --dtype; what that did to each goes into a report "
+        "beside the target. fp8_scaled: float8_e4m3fn with a scale each, for every ComfyUI. For ComfyUI from 0.33 on, "
+        "whose Python it needs: int8, as large and closer to the original; w4a8 and nvfp4, about half as large",
     )
     parser.add_argument(
         "--keep",
@@ -250,8 +263,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--full-precision",
         action="store_true",
-        help="with --quant: let newer ComfyUI multiply in bf16 even where the card could in fp8, which is slower and "
-        "closer to the original",
+        help="with fp8_scaled and nvfp4: let newer ComfyUI multiply in bf16 even where the card could in the format, "
+        "which is slower and closer to the original",
     )
     parser.add_argument(
         "--variant", choices=get_args(Variant), help="which Helios it is; needed only where the source does not tell"
@@ -260,6 +273,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quant is None and (args.keep is not None or args.full_precision):
         parser.error("--keep and --full-precision go with --quant")
+    if args.full_precision and args.quant in ("int8", "w4a8"):
+        parser.error(f"--full-precision: ComfyUI multiplies {args.quant} in int8 whatever a file says")
     if args.quant is not None and args.dtype == "fp8_e4m3fn":
         parser.error("with --quant, --dtype is that of what stays unquantised: bf16 or fp16")
     return args
@@ -269,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     dtype, quantising = CHOICES[args.dtype], None
     if args.quant is not None:
-        quantising = Quantising(None if args.keep is None else tuple(args.keep), args.full_precision)
+        quantising = Quantising(args.quant, None if args.keep is None else tuple(args.keep), args.full_precision)
     return run(lambda: convert(args.source, args.target, dtype, quantising, variant=args.variant, force=args.force))
 
 

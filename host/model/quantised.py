@@ -16,8 +16,11 @@ from ...helios_core.regular_file import CheckpointError
 from ..compat import Settings, quantised_formats, quantised_linear, quantised_marks
 
 # The oldest ComfyUI that was seen to compute with a format.
-SINCE = {"float8_e5m2": "0.24", "mxfp8": "0.24", "nvfp4": "0.24", "int8_tensorwise": "0.33"}
-IN_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4")  # their weights, or the scales of them
+SINCE = {
+    **dict.fromkeys(("float8_e5m2", "mxfp8", "nvfp4"), "0.24"),
+    **dict.fromkeys(("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"), "0.33"),
+}
+IN_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "asym_w4a8_int8")  # their weights, or the scales of them
 
 
 class InEitherMode(nn.Module):

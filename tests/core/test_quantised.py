@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from comfyui_helios.helios_core.checkpoint import CONFIG_KEY, open_checkpoint, published_name
 from comfyui_helios.helios_core.loading import load_transformer
 from comfyui_helios.helios_core.offload import Offloader
+from comfyui_helios.helios_core.quantised import read_parts
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.scaled_linear import ScaledLinear, dequantise, quantise, relative_error, scale_of
 from harness.errors import difference
@@ -165,7 +167,7 @@ LAYER = "blocks__0__attn1__to_q"
         ({"weight": torch.ones(128, 128)}, "blocks.0.attn1.to_q.weight (128, 128) of float32 for (128, 128) of float8"),
         ({"weight": torch.ones(128, 64).to(torch.float8_e4m3fn)}, "to_q.weight (128, 64) of float8_e4m3fn for (128, 1"),
         (
-            {"comfy_quant": mark(FP8 | {"convrot_groupsize": "all"})},
+            {"comfy_quant": mark(FP8 | {"convrot": True, "convrot_groupsize": "all"})},
             "to_q.weight has convrot_groupsize 'all' for 128 col",
         ),
         ({"weight_scale_2": torch.ones(())}, "1 tensors of quantised layers that are missing or not as their format"),
@@ -176,6 +178,50 @@ def test_parts_that_are_missing_or_of_another_kind_are_refused(tmp_path, changed
     weights = make_weights()
     file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), kind="marks", **changes)
     assert said in refusal(file)
+
+
+def with_w4a8(**changed: Any) -> dict[str, torch.Tensor]:
+    """Weights with one layer in asym_w4a8_int8; changed: its parts, and the settings of its mark."""
+    settings = {"format": "asym_w4a8_int8"} | changed.pop("settings", {})
+    parts = {
+        "weight": torch.zeros(128, 64, dtype=torch.int8),
+        "weight_s_rel": torch.ones(128, 8).to(torch.float8_e4m3fn),
+        "weight_s_channel": torch.ones(128),
+        "weight_codebook": torch.linspace(-1, 1, 16),
+        "comfy_quant": mark({"convrot_groupsize": 64} | settings),
+    } | changed
+    return make_weights() | {f"blocks.0.attn1.to_q.{part}": x for part, x in parts.items() if x is not None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "which only ComfyUI computes with"),
+        ({"weight_codebook": None}, "which only ComfyUI computes with"),
+        ({"settings": {"group_size": 32}, "weight_s_rel": torch.ones(128, 4)}, "which only ComfyUI computes with"),
+        ({"weight_s_channel": None}, "to_q.weight has no weight_s_channel"),
+        ({"settings": {"group_size": 32}}, "weight_s_rel (128, 8) of float8_e4m3fn for (128, 4) of float8_e4m3fn or"),
+        ({"settings": {"group_size": 24}}, "to_q.weight has group_size 24 for 128 columns"),
+        ({"settings": {"params": {"group_size": [16]}}}, "to_q.weight has group_size [16] for 128 columns"),
+        ({"settings": {"convrot_groupsize": 256}}, "to_q.weight has convrot_groupsize 256 for 128 columns"),
+        ({"settings": {"convrot_groupsize": 32}}, "to_q.weight has convrot_groupsize 32 for 128 columns"),
+        ({"weight_correction": torch.ones(8, 128)}, "are unexpected: blocks.0.attn1.to_q.weight_correction"),
+    ],
+)
+def test_of_four_bit_weights_the_groups_must_fit_the_columns(tmp_path, changed, said):
+    save_file(with_w4a8(**changed), tmp_path / "a.safetensors")
+    assert said in refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "refused"),
+    [("weight_s_channel", -1.0, True), ("weight_codebook", -1.0, False), ("weight_codebook", float("nan"), True)],
+)
+def test_a_codebook_has_values_below_zero_and_a_scale_has_none(tmp_path, part, value, refused):
+    save_file(with_w4a8(**{part: torch.full((16 if part == "weight_codebook" else 128,), value)}), tmp_path / "a")
+    [layer] = open_checkpoint(tmp_path / "a").quantised.values()
+    with pytest.raises(CheckpointError, match="has values that are no scale") if refused else nullcontext():
+        read_parts(layer)
 
 
 def test_a_legacy_file_without_a_scale_is_refused(tmp_path):

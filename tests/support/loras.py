@@ -83,11 +83,14 @@ LAYOUTS = {
 }
 
 
-def matrices(modules: Any = tuple(WAN_NAMES), seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """Down (rank, in, ...) and up (out, rank, ...) by published module, loud enough to tell in a video."""
+def matrices(modules: Any = tuple(WAN_NAMES), seed: int = 0, reference: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Down (rank, in, ...) and up (out, rank, ...) by published module, loud enough to tell in a video.
+
+    reference: the network that they are for, if not `oracle.transformer`.
+    """
     rng = torch.Generator().manual_seed(seed)
     made = {}
-    reference = oracle.transformer(0)
+    reference = reference or oracle.transformer(0)
     for module in modules:
         weight = reference.get_submodule(module).weight
         extra = (1,) * (weight.ndim - 2)
