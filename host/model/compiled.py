@@ -17,6 +17,7 @@ from ...helios_core.devices import name_of, too_old_for_triton
 from ..compat import static_clone
 from ..messages import Notes
 from .base_model import HeliosModel
+from .quantised import NOT_TRACED
 
 TIMING_KEY = "helios_compile_time"
 COMPILERS = ("g++", "c++", "clang++", "cl", "icpx")
@@ -43,6 +44,13 @@ def why_not(device: torch.device, backend: str) -> str | None:
     return None
 
 
+def not_traced(model: HeliosModel) -> str | None:
+    """What of a model's weights torch.compile would end with an error at; None if nothing."""
+    formats = {str(settings["format"]) for settings in model.model_config.quantised.values()}
+    found = next((name for name in NOT_TRACED if name in formats), None)
+    return found and f"torch.compile cannot see into products in {found}."
+
+
 def compile_blocks(patcher: Any, backend: str, mode: str, node_id: str | None) -> Any:
     """A clone of a Helios MODEL whose blocks are compiled when they first run; what that took is told on the node.
 
@@ -55,7 +63,7 @@ def compile_blocks(patcher: Any, backend: str, mode: str, node_id: str | None) -
             "Connect one of our loaders, or take ComfyUI's own TorchCompileModel for others."
         )
     notes = Notes(node_id)
-    if reason := why_not(patcher.load_device, backend):
+    if reason := why_not(patcher.load_device, backend) or not_traced(model):
         notes.warn(f"Not compiled: {reason} The model runs as it is, with the same result.")
         return patcher
     clone = static_clone(patcher)  # compiled code does not follow weights that are streamed in

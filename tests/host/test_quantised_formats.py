@@ -16,10 +16,11 @@ from comfyui_helios.helios_core.quantised import FORMATS
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.host.compat import quantised_formats
 from comfyui_helios.host.model import offload_patcher
+from comfyui_helios.host.model.compiled import compile_blocks
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.lora import add_lora
 from comfyui_helios.host.model.offload_patcher import Offloading
-from comfyui_helios.host.model.quantised import SINCE
+from comfyui_helios.host.model.quantised import NOT_TRACED, SINCE
 from harness.errors import difference
 from support.core_videos import network
 from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
@@ -125,3 +126,21 @@ def test_a_format_that_this_host_knows_makes_the_video_of_the_weights_it_stands_
     error = sample(with_lora(found, wide, tmp_path), QUICK)["samples"] - before - change
     # The host packs what it has patched again; group offloading leaves it unpacked.
     assert error.norm() <= (0.5 if how is None else 1e-4) * change.norm()
+
+
+@pytest.mark.parametrize("name", known_here(True))
+def test_compiled_blocks_give_the_same_latents_or_are_left_as_they_are(tmp_path, wide, weights, name, monkeypatch):
+    said = []
+    monkeypatch.setattr("comfyui_helios.host.messages.tell", lambda text, node: said.append(text))
+    torch.compiler.reset()
+    made, _ = packed(weights, block_layers(weights), name)
+    model = load_model(
+        str(write_scaled(tmp_path / "a.safetensors", made, [], config=wide.config, kind="marks")), "fp32"
+    )
+    compiled = compile_blocks(model, "aot_eager", "default", name)
+    told = [
+        f"Not compiled: torch.compile cannot see into products in {name}. The model runs as it is, with the same result."
+    ]
+    assert said == (told if name in NOT_TRACED else [])
+    assert (compiled is model) == (name in NOT_TRACED)
+    assert difference(sample(compiled, QUICK)["samples"], sample(model, QUICK)["samples"]) <= 1e-5
