@@ -206,7 +206,7 @@ class HeliosHistoryInjection(io.ComfyNode):
         return io.NodeOutput(
             set_history(positive, start),
             set_history(negative, start),
-            {"samples": samples, STATE_KEY: VideoState(frames)},
+            {"samples": samples, STATE_KEY: VideoState(frames, source=start.source)},
         )
 
 

@@ -146,6 +146,19 @@ def latent_warning(latent: dict[str, Any]) -> str | None:
     )
 
 
+def source_warning(positive: list, latent: dict[str, Any]) -> str | None:
+    """The samplers' warning of a LATENT made for a video that begins from something, where `positive` came past the
+    node that says so; None where the two belong together."""
+    state = latent.get(STATE_KEY)
+    source = state.source if isinstance(state, VideoState) else None
+    if source is None or source is find_history(positive).source:
+        return None
+    return (
+        "What the video was to begin from is not used: `latent` comes from the Helios History Injection that has it "
+        "(start_image, video or previous), and `positive` does not. Connect that node's positive and negative too."
+    )
+
+
 def variant_warning(model: Any, schedule: Schedule) -> str | None:
     """The samplers' warning of a schedule for another variant than the model's; None where it fits or none is known."""
     variant = model.model.variant
