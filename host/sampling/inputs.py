@@ -27,6 +27,16 @@ UNSUPPORTED = {
     "control": "ControlNet",
     "gligen": "GLIGEN",
 }
+# What the host's nodes for other video models put pictures into a prompt with, as WanImageToVideo does.
+PICTURES = (
+    "concat_latent_image",
+    "clip_vision_output",
+    "reference_latents",
+    "time_dim_concat",
+    "vace_frames",
+    "control_video",
+    "pose_video_latent",
+)
 
 
 def prepare(
@@ -95,6 +105,13 @@ def check_sampling(
         found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
         if found:
             raise ValueError(f"{node} does not support {found} ({name}). Take it out of the graph.")
+        picture = next((key for _, values in conditioning for key in PICTURES if key in values), None)
+        if picture:
+            raise ValueError(
+                f"The {name} conditioning went through a node for other models, such as WanImageToVideo, and brings a "
+                f"picture ({picture}) that Helios would not see. Take that node out, and connect the image to "
+                "start_image, or the frames to video, of Helios History Injection."
+            )
         width = model_patcher.model.diffusion_model.config.text_dim
         wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
         if wrong:
