@@ -16,7 +16,7 @@ from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
 from ..sockets.conditioning import check_conditioning, find_history
-from ..sockets.latent import STATE_KEY, asked_frames, check_latent
+from ..sockets.latent import STATE_KEY, asked_frames, check_latent, is_empty
 from ..sockets.prompt_track import find_track
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
@@ -152,10 +152,7 @@ def make_rng(start: VideoStart, seed: int, seed_mode: str) -> torch.Generator:
 
 def latent_warning(latent: dict[str, Any]) -> str | None:
     """The samplers' warning of a LATENT with something in it, as for a second pass; None for an empty one."""
-    samples = latent["samples"]
-    # An empty one is a single zero in any shape: what repeats it is not looked at.
-    once = samples[tuple(slice(1) if stride == 0 else slice(None) for stride in samples.stride())]
-    if not once.any():
+    if is_empty(latent["samples"]):
         return None
     return (
         "What is in `latent` is not used, only its size: every video begins from noise. To go on from it, connect it "

@@ -279,6 +279,13 @@ def test_trim_goes_by_the_length_alone(model, parts, shown):
     assert shown == []
 
 
+def test_a_latent_that_was_never_sampled_is_told(parts, shown):
+    """As behind a sampler that is bypassed."""
+    *_, empty = inputs(frames=33)
+    run_node(HeliosChunkedVAEDecode, empty, parts.vae, False, unique_id="1")
+    assert "this LATENT was never sampled" in shown[0][0]
+
+
 def test_a_trim_that_cannot_be_is_told(model, parts, shown):
     latent = {"samples": torch.zeros(1, 16, 18, 8, 8)}  # as Load Latent has it
     images, _ = run_node(HeliosChunkedVAEDecode, latent, parts.vae, True, unique_id="loaded")
