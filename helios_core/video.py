@@ -156,3 +156,4 @@ class VideoState:
     next_chunk: int = 0
     memory: Memory | None = None  # None until something was sampled
     rng_state: Tensor | None = None
+    source: EncodedPast | Memory | None = None  # what the conditioning made beside it begins from

@@ -8,7 +8,7 @@ from ..helios_core.config import CHUNK_FRAMES, FRAME_RATE
 from ..host.compat import schema
 from ..host.messages import Notes
 from ..host.model.offload_patcher import offloaded_vae, offloading
-from ..host.sockets.decoding import decode_chunks, trim_warning
+from ..host.sockets.decoding import decode_chunks, trim_warning, unsampled_warning
 from ..host.sockets.vae import check_vae
 from .inputs import DECODE_TOOLTIP, frame_inputs, offload_inputs
 
@@ -57,7 +57,7 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
         notes = Notes(cls.hidden.unique_id)
         with offloaded_vae(vae, offloading(group_offload, blocks_per_group, "disk")) as decoder:
             images = decode_chunks(latent, decoder, trim, drop_first, crossfade)
-        if warning := trim_warning(latent, trim):
+        for warning in filter(None, (trim_warning(latent, trim), unsampled_warning(latent))):
             notes.warn(warning)
         return io.NodeOutput(images, float(FRAME_RATE))
 

@@ -187,6 +187,11 @@ class HeliosHistoryInjection(io.ComfyNode):
         size = [height // SPATIAL_SCALE, width // SPATIAL_SCALE]
         if start_image is not None:
             images = prepare_images(start_image, width, height, fit)
+            if len(images) > 1 == batch_size:
+                notes.inform(
+                    f"start_image holds {len(images)} images: each begins a video of its own, all made at once. The "
+                    "frames of one video belong on `video`."
+                )
             batch_size = batch_of(len(images), batch_size)
             start = replace(start, source=encode_image(vae, images))
         elif video is not None:
@@ -206,7 +211,7 @@ class HeliosHistoryInjection(io.ComfyNode):
         return io.NodeOutput(
             set_history(positive, start),
             set_history(negative, start),
-            {"samples": samples, STATE_KEY: VideoState(frames)},
+            {"samples": samples, STATE_KEY: VideoState(frames, source=start.source)},
         )
 
 

@@ -6,7 +6,14 @@ from comfy_api.latest import io
 
 from ..host.compat import schema
 from ..host.messages import Notes
-from ..host.sampling.inputs import frames_asked, latent_warning, prepare, sampled, variant_warning
+from ..host.sampling.inputs import (
+    frames_asked,
+    latent_warning,
+    prepare,
+    sampled,
+    source_warning,
+    variant_warning,
+)
 from ..host.sampling.whole_video import collect
 from ..host.sockets.decoding import too_many_frames
 from .inputs import model_inputs, seed_input, seed_mode_input
@@ -45,7 +52,8 @@ class HeliosChunkedSampler(io.ComfyNode):
         frames = frames_asked(latent, guider.run.chunks)
         batch, _, _, height, width = guider.run.chunk_shape
         too_many = too_many_frames(batch, frames, height, width)  # decoding says so too late
-        for warning in filter(None, (variant_warning(model, schedule), latent_warning(latent), too_many)):
+        warnings = (variant_warning(model, schedule), latent_warning(latent), source_warning(positive, latent))
+        for warning in filter(None, (*warnings, too_many)):
             notes.warn(warning)
         return io.NodeOutput(sampled(collect(guider), frames, guider))
 

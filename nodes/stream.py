@@ -13,7 +13,7 @@ from ..helios_core.config import CHUNK_FRAMES, SPATIAL_SCALE
 from ..host.compat import advanced, schema
 from ..host.messages import Notes
 from ..host.model.offload_patcher import GROUP_OFFLOAD, offloaded_vae, offloading
-from ..host.sampling.inputs import latent_warning, prepare, sampled, variant_warning
+from ..host.sampling.inputs import latent_warning, prepare, sampled, source_warning, variant_warning
 from ..host.sockets.decoding import shown_frames, trim_warning
 from ..host.sockets.vae import check_vae
 from ..host.stream.live_sessions import Watched, on_air, workflow_id
@@ -174,7 +174,12 @@ class HeliosStreamVideo(io.ComfyNode):
             end, guider.run = sys.maxsize, replace(guider.run, more=steering.goes_on)
         how = offloading(vae_offload, weights_in="disk")
         notes = Notes(cls.hidden.unique_id)
-        warnings = (variant_warning(model, schedule), latent_warning(latent), trim_warning(latent, trim))
+        warnings = (
+            variant_warning(model, schedule),
+            latent_warning(latent),
+            source_warning(positive, latent),
+            trim_warning(latent, trim),
+        )
         for warning in filter(None, warnings):
             notes.warn(warning)
         prompt, node_id = cls.hidden.prompt, cls.hidden.unique_id

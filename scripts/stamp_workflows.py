@@ -20,6 +20,7 @@ APP_INPUTS = {
     *("image", "file", "index", "positive", "prompt_1", "prompt_2", "prompt_3", "prompt_4"),
     *("width", "height", "frames", "seed"),
 }
+OF_THE_FIRST = ("width", "height", "seed")  # a video that goes on has those of the one before
 APP_OUTPUT = "SaveVideo"
 
 
@@ -44,6 +45,8 @@ def app_data(workflow: dict[str, Any]) -> dict[str, Any]:
         for entry in node.get("inputs") or ()
         if "widget" in entry and entry["link"] is None and entry["name"] in APP_INPUTS
     ]
+    first = {name: (node, name) for node, name in reversed(widgets)}
+    widgets = [(node, name) for node, name in widgets if name not in OF_THE_FIRST or first[name] == (node, name)]
     return {"inputs": widgets, "outputs": [node["id"] for node in nodes if node["type"] == APP_OUTPUT]}
 
 

@@ -8,6 +8,7 @@ import { api } from "../../scripts/api.js"
 const NOTHING = "\u2060" // takes back what was said
 const WIDGET = "$$node-text-preview" // the page's own
 const NO_ID = "00000000-0000-0000-0000-000000000000" // of every workflow that was made in an emptied graph
+const MOST = 240 // pixels of a note: the page scrolls longer ones
 const notes = new Map() // by the id of a workflow: by the node's ids for the server, what it has said and in which run
 const workflows = new Map() // by the id of a run that was queued here: that of its workflow
 const written = new WeakSet() // widgets of notes
@@ -40,6 +41,14 @@ function textsToShow() {
     return texts
 }
 
+/** Room for all of a note: the page has some two lines for it, and hides the rest. */
+function makeRoom(node, widget) {
+    const [letter, line, beside, above] = [6, 16, 52, 42] // pixels of its text, and around it
+    const lines = text => Math.max(1, Math.ceil((text.length * letter) / Math.max(letter, node.size[0] - beside)))
+    const height = () => above + line * widget.value.split("\n").reduce((sum, text) => sum + lines(text), 0)
+    widget.options.getMinHeight = () => Math.min(MOST, height())
+}
+
 function remove(node) {
     const widget = widgetOf(node)
     if (!widget) return
@@ -63,6 +72,7 @@ function write(anew) {
         const widget = widgetOf(node)
         if (!widget) continue
         widget.serialize = false // older pages would save it as one more value
+        makeRoom(node, widget)
         written.add(widget)
     }
 }

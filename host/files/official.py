@@ -16,6 +16,7 @@ from ...helios_core.regular_file import CheckpointError
 from ...helios_core.schedule import PRESETS, Schedule, schedule_from_config
 from ..printable import listable, printable_log
 from . import shipped
+from .folder_parts import DOWNLOAD
 
 log = printable_log(__name__)
 
@@ -73,7 +74,10 @@ def read_schedule(folder: Path) -> tuple[Schedule, str | None]:
     """
     variant = read_variant(folder)
     if variant is None:
-        raise CheckpointError(f"{folder} has no model_index.json that names a Helios pipeline; download it again.")
+        raise CheckpointError(
+            f"{folder} has no model_index.json that names a Helios pipeline. {DOWNLOAD} A transformer alone is for "
+            "scripts/convert_checkpoint.py, whose file Helios Model Loader reads."
+        )
     scheduler = read_json_if_there(folder / "scheduler" / "scheduler_config.json")
     try:
         return schedule_from_config(variant, scheduler, read_json_if_there(folder / "model_index.json")), None

@@ -16,7 +16,7 @@ from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
 from ..sockets.conditioning import check_conditioning, find_history
-from ..sockets.latent import STATE_KEY, asked_frames, check_latent
+from ..sockets.latent import STATE_KEY, asked_frames, check_latent, is_empty
 from ..sockets.prompt_track import find_track
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
@@ -27,6 +27,16 @@ UNSUPPORTED = {
     "control": "ControlNet",
     "gligen": "GLIGEN",
 }
+# What the host's nodes for other video models put pictures into a prompt with, as WanImageToVideo does.
+PICTURES = (
+    "concat_latent_image",
+    "clip_vision_output",
+    "reference_latents",
+    "time_dim_concat",
+    "vace_frames",
+    "control_video",
+    "pose_video_latent",
+)
 
 
 def prepare(
@@ -95,6 +105,13 @@ def check_sampling(
         found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
         if found:
             raise ValueError(f"{node} does not support {found} ({name}). Take it out of the graph.")
+        picture = next((key for _, values in conditioning for key in PICTURES if key in values), None)
+        if picture:
+            raise ValueError(
+                f"The {name} conditioning went through a node for other models, such as WanImageToVideo, and brings a "
+                f"picture ({picture}) that Helios would not see. Take that node out, and connect the image to "
+                "start_image, or the frames to video, of Helios History Injection."
+            )
         width = model_patcher.model.diffusion_model.config.text_dim
         wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
         if wrong:
@@ -135,14 +152,24 @@ def make_rng(start: VideoStart, seed: int, seed_mode: str) -> torch.Generator:
 
 def latent_warning(latent: dict[str, Any]) -> str | None:
     """The samplers' warning of a LATENT with something in it, as for a second pass; None for an empty one."""
-    samples = latent["samples"]
-    # An empty one is a single zero in any shape: what repeats it is not looked at.
-    once = samples[tuple(slice(1) if stride == 0 else slice(None) for stride in samples.stride())]
-    if not once.any():
+    if is_empty(latent["samples"]):
         return None
     return (
         "What is in `latent` is not used, only its size: every video begins from noise. To go on from it, connect it "
         "to `previous` of Helios History Injection; a second pass over it (denoise below 1) does not exist."
+    )
+
+
+def source_warning(positive: list, latent: dict[str, Any]) -> str | None:
+    """The samplers' warning of a LATENT made for a video that begins from something, where `positive` came past the
+    node that says so; None where the two belong together."""
+    state = latent.get(STATE_KEY)
+    source = state.source if isinstance(state, VideoState) else None
+    if source is None or source is find_history(positive).source:
+        return None
+    return (
+        "What the video was to begin from is not used: `latent` comes from the Helios History Injection that has it "
+        "(start_image, video or previous), and `positive` does not. Connect that node's positive and negative too."
     )
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
+from ...helios_core.video import VideoState
 from ..out_of_memory import lack_of_room
 from ..progress import check_interrupt
-from .latent import asked_frames, check_latent
+from .latent import STATE_KEY, asked_frames, check_latent, is_empty
 from .vae import WANTED
 
 
@@ -42,6 +43,17 @@ def trim_warning(latent: dict[str, Any], trim: bool) -> str | None:
     return (
         "Not trimmed: the LATENT does not say how many frames were asked for (Save Latent, and nodes that change its "
         "length, drop that). Cut the images, or decode before that node."
+    )
+
+
+def unsampled_warning(latent: dict[str, Any]) -> str | None:
+    """The decoder's warning of a LATENT straight from Helios History Injection; None for any other."""
+    state = latent.get(STATE_KEY)
+    if not isinstance(state, VideoState) or state.memory is not None or not is_empty(latent["samples"]):
+        return None
+    return (
+        "The video shows nothing: this LATENT was never sampled. Connect that of Helios Chunked Sampler, and take it "
+        "out of bypass, which hands the empty one on."
     )
 
 

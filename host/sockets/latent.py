@@ -90,6 +90,13 @@ def video_state(latent: dict[str, Any]) -> VideoState | None:
     return state
 
 
+def is_empty(samples: Tensor) -> bool:
+    """Whether there is nothing but zeros in samples, such as Helios History Injection makes them."""
+    # A single zero in any shape: what repeats it is not looked at.
+    once = samples[tuple(slice(1) if stride == 0 else slice(None) for stride in samples.stride())]
+    return not once.any()
+
+
 def _ends_in(samples: Tensor, memory: Memory) -> bool:
     """Whether samples (B, 16, 9k, H, W) end in this memory: nodes that change samples hand the old memory on."""
     frames = min(CHUNK_LATENTS, memory.latents.shape[2])

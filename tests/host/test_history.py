@@ -147,6 +147,15 @@ def test_a_batch_of_images_makes_a_batch_of_videos(model):
     torch.testing.assert_close(state.memory.anchor, torch.cat(images), rtol=1e-5, atol=1e-5)
 
 
+def test_frames_that_each_begin_a_video_are_told(shown):
+    """As of a whole video on `start_image`, which is for one image, or for some on purpose."""
+    vae = GivenVAE(latents(0, 1), [latents(1, 9)] * 3)
+    inputs(vae=vae, start_image=torch.rand(1, *SIZE, 3), unique_id="1")
+    assert shown == []
+    inputs(vae=vae, start_image=torch.rand(2, *SIZE, 3), unique_id="1")
+    assert "2 images: each begins a video of its own" in shown[0][0]
+
+
 @pytest.mark.parametrize("drift", [False, True], ids=["", "anti-drift"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_going_on_equals_one_run(model, case, drift):

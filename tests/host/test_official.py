@@ -6,6 +6,7 @@ import shutil
 import folder_paths
 import pytest
 
+from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.helios_core.schedule import DISTILLED
 from comfyui_helios.host.files.official import find_folder, list_folders, read_schedule
 from harness.tiny import make_official_folder
@@ -42,6 +43,13 @@ def test_a_damaged_config_keeps_no_folder_from_being_listed(models, text):
 def test_other_names_are_refused(models, name):
     with pytest.raises(ValueError, match="Put a copy of BestWishYsh/Helios-Distilled there"):
         find_folder(name)
+
+
+def test_a_transformer_alone_is_not_to_be_downloaded_again(tmp_path):
+    """As `hf download --include "transformer/*"` leaves it, 57 GB."""
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(CheckpointError, match="no model_index.json.*Download it from.*convert_checkpoint.py"):
+        read_schedule(tmp_path)
 
 
 def test_an_unknown_scheduler_file_warns_and_gives_the_usual_schedule(models):

@@ -247,6 +247,16 @@ def test_the_samples_of_a_latent_are_not_used_and_the_node_says_so(model, shown)
     assert torch.equal(again["samples"], made["samples"])
 
 
+def test_a_start_image_that_the_sampler_is_not_given_is_told(model, parts, shown):
+    """As from a graph for Wan: the prompts go straight to the sampler, and only the latent is connected."""
+    past = map(conditioning, oracle.prompts())
+    positive, negative, empty = inputs(vae=parts.vae, start_image=torch.rand(1, 64, 64, 3))
+    run_node(HeliosChunkedSampler, model, positive, negative, empty, QUICK, 3, unique_id="1")
+    assert shown == []
+    run_node(HeliosChunkedSampler, model, *past, empty, QUICK, 3, unique_id="1")
+    assert "What the video was to begin from is not used" in shown[0][0]
+
+
 def test_a_noise_mask_is_refused(model):
     positive, negative, empty = inputs()
     [masked] = nodes.SetLatentNoiseMask().set_mask(empty, torch.ones(1, 64, 64))
@@ -267,6 +277,13 @@ def test_trim_goes_by_the_length_alone(model, parts, shown):
     images, _ = run_node(HeliosChunkedVAEDecode, flipped, parts.vae, True, unique_id="flipped")
     assert len(images) == 60
     assert shown == []
+
+
+def test_a_latent_that_was_never_sampled_is_told(parts, shown):
+    """As behind a sampler that is bypassed."""
+    *_, empty = inputs(frames=33)
+    run_node(HeliosChunkedVAEDecode, empty, parts.vae, False, unique_id="1")
+    assert "this LATENT was never sampled" in shown[0][0]
 
 
 def test_a_trim_that_cannot_be_is_told(model, parts, shown):

@@ -6,6 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from comfy_extras.nodes_wan import WanImageToVideo
 
 from comfyui_helios.helios_core.history import Memory
 from comfyui_helios.helios_core.schedule import BASE, MID
@@ -79,6 +80,17 @@ def test_refuses_a_latent_of_another_kind(model, samples, message):
 def test_refuses_conditioning_it_would_ignore(model, key):
     with pytest.raises(ValueError, match="does not support"):
         sample(model, QUICK, positive=conditioning(oracle.prompts()[0], **{key: object()}))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_refuses_the_picture_of_a_node_for_wan(model):
+    """Which would make a text-to-video of it, without a word."""
+    prompts = map(conditioning, oracle.prompts())
+    image = torch.rand(1, 64, 64, 3)
+    vae = SimpleNamespace(encode=lambda frames: torch.zeros(1, 16, 9, 8, 8))
+    positive, *_ = WanImageToVideo.execute(*prompts, vae, 64, 64, 33, 1, start_image=image).result
+    with pytest.raises(ValueError, match="WanImageToVideo.*start_image.*Helios History Injection"):
+        sample(model, QUICK, positive=positive)
 
 
 @pytest.mark.usefixtures("nothing_loads")

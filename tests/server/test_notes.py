@@ -37,6 +37,12 @@ TAB = "() => app.extensionManager.workflow.activeWorkflow.path"
 SWITCH = """path => { const tab = app.extensionManager.workflow.getWorkflowByPath(path)
     return app.loadGraphData(tab.activeState, true, true, tab) }"""
 
+IN_SIGHT = """text => [...document.querySelectorAll('.dom-widget')].some(widget => {
+    if (!widget.innerText.includes(text)) return false
+    const words = document.createRange()
+    words.selectNodeContents(widget)
+    return words.getBoundingClientRect().bottom <= widget.getBoundingClientRect().bottom + 1 })"""
+
 
 def say(page, ids, text):
     page.page.evaluate(SAY, [str(ids), text])
@@ -121,6 +127,15 @@ def test_what_others_say_on_a_subgraph_stays(page):
     say(page, workflow["nodes"][0]["id"], "What somebody says.")
     page.page.evaluate(TELL, ["execution_success", {"prompt_id": "one of before"}])
     assert "What somebody says." in notes(page)
+
+
+def test_all_of_a_long_one_can_be_read(used_page):
+    """The page has two lines for it, and the rest only for those who scroll."""
+    workflow = read_workflow(FIRST_RUN)
+    used_page.load(workflow)
+    text = "What it says has some lines. " * 8
+    say(used_page, find(workflow["nodes"], NODE)["id"], text)
+    used_page.page.wait_for_function(IN_SIGHT, arg=text.strip(), timeout=15_000)
 
 
 def test_with_its_workflow_and_no_other_one(used_page):

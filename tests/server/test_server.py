@@ -52,6 +52,12 @@ def test_a_workflow_takes_the_rate_of_its_video_from_the_decoder(info, name):
     assert all((api[node]["class_type"], slot) == ("HeliosChunkedVAEDecode", 1) for node, slot in rates)
 
 
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+def test_a_workflow_has_no_node_that_the_host_calls_deprecated(info, name):
+    """0.33 writes it into the node's title, as of Batch Images, and may have it no longer one day."""
+    assert [n["type"] for n in read_workflow(name)["nodes"] if info.get(n["type"], {}).get("deprecated")] == []
+
+
 @pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
 def test_the_loaders_own_schedule_is_that_of_the_workflow(server, info, variant):
     """What the folder's files say, against the schedule node with its defaults."""
