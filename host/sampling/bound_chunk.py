@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +41,12 @@ class BoundChunk:
     options: dict[str, Any]  # the run's model_options
     seed: int
 
-    @property
-    def sampling(self) -> FlowSampling:
-        return self.guider.inner_model.model_sampling
+    def everywhere(self, state: Callable[..., AbstractContextManager[None]], value: float) -> ExitStack:
+        """A state of the model_sampling, and of those that the MODEL's copies on other cards have."""
+        stack = ExitStack()
+        for patcher in self.guider.patchers:
+            stack.enter_context(state(patcher.model.model_sampling, value))
+        return stack
 
     def __call__(self, latents: Tensor, timestep: float, sigma: float) -> Tensor:
         """The guided flow at latents (B, 16, 9, h, w), through the MODEL's PREDICT_NOISE wrappers."""
@@ -49,7 +54,8 @@ class BoundChunk:
         latents = latents.contiguous()  # as other nodes expect them, with `view`
         self.guider.enter_stage(latents)
         model = self.guider.inner_model
-        with self.sampling.at(timestep), model.showing(self.history), refusing_by_name(self.options):
+        sampling = self.everywhere(FlowSampling.at, timestep)
+        with sampling, model.showing(self.history), refusing_by_name(self.options):
             return self.guider(latents, host_sigma, {**self.options, STEP_KEY: BoundStep(self, sigma)}, self.seed)
 
 
@@ -91,7 +97,7 @@ class BoundStep:
                 **options,
                 "sampler_pre_cfg_function": [scale_uncond, *options.get("sampler_pre_cfg_function", [])],
             }
-        with self.chunk.sampling.denoising(sigma):
+        with self.chunk.everywhere(FlowSampling.denoising, sigma):
             inner, scale = self.chunk.guider.inner_model, schedule.guidance_scale
             denoised = comfy.samplers.sampling_function(
                 inner, x, timestep, negative, positive, scale, model_options=options, seed=seed

@@ -54,6 +54,11 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.next_index = run.first_index  # of the chunk that comes next in the video
         self.turns: list[Turn] = []  # that are not taken yet
 
+    @property
+    def patchers(self) -> list[Any]:
+        """The MODEL, and its copies on other cards (MultiGPU CFG Split of 0.33)."""
+        return [self.model_patcher, *self.model_patcher.get_additional_models_with_key("multigpu")]
+
     def resume(self, done: int, memory: Memory, rng_state: Tensor) -> None:
         """Take the first `done` chunks for made; memory and rng_state are as they were after the last of them."""
         self.done, self.memory, self.next_index = done, memory, self.run.first_index + done
@@ -87,7 +92,8 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=self.run.rng.initial_seed())
         finally:
             self.original_conds = given
-            release(self.model_patcher)
+            for patcher in self.patchers:
+                release(patcher)
             self.memory = self.memory.to("cpu")
 
     def inner_sample(
