@@ -191,7 +191,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         if self.cache is not None:
             self.cache.start_chunk(prompts)
         self.restart_trajectory()
-        return BoundChunk(self, self.run.schedule, conds, extra, self.options, self.run.rng.initial_seed())
+        return BoundChunk(self, conds, extra)
 
     def take_turns(self) -> None:
         """Every positive prompt goes over to those that take over, each from its own."""
