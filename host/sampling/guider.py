@@ -25,7 +25,7 @@ from ..model.base_model import MEMORY_KEY, TEXT_CACHED_KEY, history_conds
 from ..model.offload_patcher import release
 from ..model.run_cache import CACHE_KEY, RunCache, can_cache, text_bytes_per_token
 from ..progress import SamplingProgress
-from ..sockets.prompt_track import TRACK_KEY
+from ..sockets.conditioning import TRACK_KEY
 from .bound_chunk import STEP_KEY, BoundChunk, BoundStep
 from .step_cache import counting_skipped_steps, restart_step_cache
 

@@ -15,9 +15,8 @@ from ..compat import noise_scale
 from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
-from ..sockets.conditioning import check_conditioning, find_history
+from ..sockets.conditioning import check_conditioning, find_history, find_track
 from ..sockets.latent import STATE_KEY, asked_frames, check_latent
-from ..sockets.prompt_track import find_track
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
 

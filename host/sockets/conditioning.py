@@ -1,4 +1,4 @@
-"""What Helios reads and puts on CONDITIONING sockets: checked embeddings, and the start of a video."""
+"""What Helios reads and puts on CONDITIONING sockets: checked embeddings, the start of a video, prompts in a row."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import node_helpers
 
-from ...helios_core.video import VideoStart
+from ...helios_core.video import PromptTrack, VideoStart
 from .latent import is_plain
 
 START_KEY = "helios_history"
+TRACK_KEY = "helios_prompts"
 
 
 def check_conditioning(conditioning: Any, socket: str) -> None:
@@ -48,3 +49,12 @@ def set_history(conditioning: list, start: VideoStart) -> list:
 def find_history(conditioning: list) -> VideoStart:
     """The start a conditioning carries; without one, a video begins from nothing."""
     return next((values[START_KEY] for _, values in conditioning if START_KEY in values), VideoStart())
+
+
+def set_track(positive: list, track: PromptTrack) -> list:
+    return node_helpers.conditioning_set_values(positive, {TRACK_KEY: track})
+
+
+def find_track(positive: list) -> PromptTrack | None:
+    """The prompts in a row that a conditioning carries; None for an ordinary one."""
+    return next((values[TRACK_KEY] for _, values in positive if TRACK_KEY in values), None)

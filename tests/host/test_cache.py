@@ -25,7 +25,7 @@ from comfyui_helios.host.model.run_cache import CACHE_KEY, COMPILE_KEY, RunCache
 from comfyui_helios.host.sampling import guider as guider_module
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sampling.whole_video import collect
-from comfyui_helios.host.sockets.prompt_track import set_track
+from comfyui_helios.host.sockets.conditioning import set_track
 from harness import oracle
 from support.runs import QUICK
 

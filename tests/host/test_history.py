@@ -10,9 +10,8 @@ from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.model.loading import load_model
-from comfyui_helios.host.sockets.conditioning import START_KEY
+from comfyui_helios.host.sockets.conditioning import START_KEY, TRACK_KEY
 from comfyui_helios.host.sockets.latent import video_state
-from comfyui_helios.host.sockets.prompt_track import TRACK_KEY
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
