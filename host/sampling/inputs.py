@@ -15,7 +15,13 @@ from ..compat import noise_scale
 from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
-from ..sockets.conditioning import check_conditioning, find_history, find_track
+from ..sockets.conditioning import (
+    check_conditioning,
+    find_history,
+    find_track,
+    has_other_track,
+    without_other_tracks,
+)
 from ..sockets.latent import STATE_KEY, asked_frames, check_latent
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
@@ -55,7 +61,7 @@ def prepare(
     memory = start.memory(batch, height, width, rng)
     run = Run(schedule, memory, chunks, rng, start.first_index, start.skip_first_chunk)
     guider = HeliosGuider(model, run)
-    guider.set_conds(positive, negative)
+    guider.set_conds(positive, without_other_tracks(negative))
     return guider
 
 
@@ -103,6 +109,11 @@ def check_sampling(
             )
     schedule.check_size(latents.shape[-2] * SPATIAL_SCALE, latents.shape[-1] * SPATIAL_SCALE)
     chunks = latents.shape[2] // CHUNK_LATENTS
+    if any(has_other_track(*entry) for entry in positive):
+        raise ValueError(
+            f"A node before {node} changes the embedding that comes from Helios Prompt Schedule (ConditioningAverage, "
+            "for one), and the prompts there would take the place of what it makes. Take it out of the graph."
+        )
     track = find_track(positive)
     if track and sum(track.chunks) > chunks:
         raise ValueError(

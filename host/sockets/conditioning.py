@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import node_helpers
+import torch
+from torch import Tensor
 
 from ...helios_core.video import PromptTrack, VideoStart
 from .latent import is_plain
@@ -58,3 +60,19 @@ def set_track(positive: list, track: PromptTrack) -> list:
 def find_track(positive: list) -> PromptTrack | None:
     """The prompts in a row that a conditioning carries; None for an ordinary one."""
     return next((values[TRACK_KEY] for _, values in positive if TRACK_KEY in values), None)
+
+
+def has_other_track(embedding: Tensor, values: dict[str, Any]) -> bool:
+    """Whether the prompts beside an embedding are not its own: a node has changed it since, and handed them on."""
+    if TRACK_KEY not in values:
+        return False
+    first = values[TRACK_KEY].embeddings[0]
+    return first.shape != embedding.shape or not torch.equal(first.to(embedding), embedding)
+
+
+def without_other_tracks(conditioning: list) -> list:
+    """With what nodes have made of embeddings, as ConditioningZeroOut does, for the whole video."""
+    return [
+        [embedding, {k: x for k, x in values.items() if k != TRACK_KEY or not has_other_track(embedding, values)}]
+        for embedding, values in conditioning
+    ]

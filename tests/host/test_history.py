@@ -17,6 +17,7 @@ from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
 from harness import oracle
 from harness.errors import difference
+from nodes import ConditioningAverage, ConditioningZeroOut
 from support.runs import run_node
 from support.videos import SEED, TOLERANCE, Case, below, reference_video
 
@@ -222,6 +223,28 @@ def test_each_chunk_gets_its_prompt(model):
     first = sample(model, AMPLIFIED, 33, positive=[[one, {}]])
     going_on = sample(model, AMPLIFIED, 33, previous=first, positive=[[two, {TRACK_KEY: PromptTrack((two,), (1,), 0)}]])
     assert difference(going_on["samples"], mixed[:, :, 9:18]) < 1e-6  # a track counts from its own beginning
+
+
+def test_prompts_in_a_row_that_were_zeroed_are_no_negative_prompt(model):
+    """ConditioningZeroOut hands on what is beside an embedding: the negative was the positive, and guided nothing."""
+    one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
+    track = {TRACK_KEY: PromptTrack((one, two), (1, 1), blend=0)}
+    [zeroed] = ConditioningZeroOut().zero_out([[one, track]])
+    positive, _, latent = inputs(66, positive=[[one, track]])
+    guided = [
+        run_node(HeliosChunkedSampler, model, positive, negative, latent, replace(BASE, steps=(2,)), SEED)[0]["samples"]
+        for negative in (zeroed, [[torch.zeros_like(one), {}]])
+    ]
+    assert torch.equal(*guided)
+
+
+def test_prompts_in_a_row_that_a_node_has_changed_are_refused(model):
+    """Not made as if that node were not there."""
+    one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
+    row = [[one, {TRACK_KEY: PromptTrack((one, two), (1, 1), blend=0)}]]
+    [mixed] = ConditioningAverage().addWeighted(row, [[two, {}]], 0.5)
+    with pytest.raises(ValueError, match="changes the embedding that comes from Helios Prompt Schedule"):
+        sample(model, AMPLIFIED, 66, positive=mixed)
 
 
 def test_more_prompt_chunks_than_video_chunks_are_refused(model):
