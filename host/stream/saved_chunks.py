@@ -24,6 +24,7 @@ from ...helios_core.history import HistoryLayout, Memory, Statistics
 from ...helios_core.json_file import parse_json
 from ...helios_core.quoting import known_by_its_name, quoted
 from ...helios_core.regular_file import put_in_place
+from ..progress import check_interrupt
 from ..sockets.prompt_changes import Change
 from .plain_files import disk_errors, in_background, ordinary
 from .run_folder import claimed, remove_old, run_folder, tidy
@@ -114,6 +115,7 @@ class SavedRun:
         """
         self.digests, self.changes = [], {}
         for index in range(chunks):
+            check_interrupt()  # an hour of video is 18 GB to read
             if not os.path.lexists(self.path(index)):
                 return index, None
             try:
