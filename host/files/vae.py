@@ -11,7 +11,8 @@ import comfy.sd
 
 from ...helios_core.config import LATENT_CHANNELS
 from ...helios_core.regular_file import CheckpointError
-from .folder_parts import DOWNLOAD, check_names, mapped_tensors, misshapen, part_config, part_folder, stored_tensors
+from ...helios_core.safetensors_file import read_tensors
+from .folder_parts import DOWNLOAD, check_names, misshapen, part_config, part_folder, stored_tensors
 
 WAN_VAE_FIXED = {
     "z_dim": (LATENT_CHANNELS,),
@@ -60,7 +61,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     if stored[WAN_VAE_LARGE].shape != (width, width, 3, 3, 3):  # or the host builds what the file does not hold
         wrong = [f"{WAN_VAE_LARGE} {stored[WAN_VAE_LARGE].shape} for {(width, width, 3, 3, 3)}"]
         raise misshapen(part, "a Wan 2.1 VAE", wrong)
-    tensors = mapped_tensors(stored)
+    tensors = dict(read_tensors(stored))
     try:
         vae = comfy.sd.VAE(sd=tensors)
     except RuntimeError as error:
