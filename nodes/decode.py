@@ -57,8 +57,7 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
         notes = Notes(cls.hidden.unique_id)
         with offloaded_vae(vae, offloading(group_offload, blocks_per_group, "disk")) as decoder:
             images = decode_chunks(latent, decoder, trim, drop_first, crossfade)
-        if warning := trim_warning(latent, trim):
-            notes.warn(warning)
+        notes.warn(trim_warning(latent, trim))
         return io.NodeOutput(images, float(FRAME_RATE))
 
 

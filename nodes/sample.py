@@ -45,8 +45,7 @@ class HeliosChunkedSampler(io.ComfyNode):
         frames = frames_asked(latent, guider.run.chunks)
         batch, _, _, height, width = guider.run.chunk_shape
         too_many = too_many_frames(batch, frames, height, width)  # decoding says so too late
-        for warning in filter(None, (variant_warning(model, schedule), latent_warning(latent), too_many)):
-            notes.warn(warning)
+        notes.warn(variant_warning(model, schedule), latent_warning(latent), too_many)
         return io.NodeOutput(sampled(collect(guider), frames, guider))
 
 
