@@ -22,7 +22,7 @@ from ..sockets.conditioning import (
     has_other_track,
     without_other_tracks,
 )
-from ..sockets.latent import STATE_KEY, asked_frames, check_latent
+from ..sockets.latent import STATE_KEY, check_latent
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
 
@@ -165,11 +165,6 @@ def variant_warning(model: Any, schedule: Schedule) -> str | None:
         f"Wrong schedule: connect Helios-{variant.title()}'s, or the loader's own. This is Helios-"
         f"{schedule.variant.title()}'s, and the model is Helios-{variant.title()}."
     )
-
-
-def frames_asked(latent: dict[str, Any], chunks: int) -> int:
-    """Pixel frames that a LATENT of so many chunks asks for."""
-    return asked_frames(latent) or chunks * CHUNK_FRAMES
 
 
 def sampled(samples: Tensor, frames: int, guider: HeliosGuider) -> dict[str, Any]:
