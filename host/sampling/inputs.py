@@ -54,10 +54,18 @@ def prepare(
             f"The LATENT of {node} has a noise mask (as from Set Latent Noise Mask), and Helios cannot denoise "
             "a part of a picture. Take that node out."
         )
-    chunks = check_sampling(node, model, positive, negative, samples, schedule)
+    check_sampled_model(node, model)
+    check_schedule(schedule)
+    for socket, conditioning in (("positive", positive), ("negative", negative)):
+        check_prompt(node, conditioning, socket, model.model.diffusion_model.config.text_dim)
+    batch, _, frames, height, width = samples.shape
+    schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
+    chunks = frames // CHUNK_LATENTS
+    check_track(node, positive, chunks)
+    check_memory(model, samples)
+
     start = find_history(positive)
     rng = make_rng(start, seed, seed_mode)
-    batch, _, _, height, width = samples.shape
     memory = start.memory(batch, height, width, rng)
     run = Run(schedule, memory, chunks, rng, start.first_index, start.skip_first_chunk)
     guider = HeliosGuider(model, run)
@@ -75,16 +83,10 @@ def check_model(node: str, model_patcher: Any) -> None:
         )
 
 
-def check_sampling(
-    node: str, model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule
-) -> int:
-    """How many chunks the node of this name is to sample into latents (B, 16, 9k, H, W).
-
-    Raises ValueError, before anything is loaded, for what cannot be sampled.
-    """
+def check_sampled_model(node: str, model_patcher: Any) -> None:
+    """Raise ValueError for a MODEL that the node of this name cannot sample with."""
     check_model(node, model_patcher)
     check_model_options(node, model_patcher)
-    check_schedule(schedule)
     if not isinstance(sampling := model_patcher.get_model_object("model_sampling"), FlowSampling):
         raise ValueError(
             f"The MODEL went through {node_of(type(sampling))}, which replaces its sampling. Take that node out: the "
@@ -95,20 +97,24 @@ def check_sampling(
             f"The MODEL went through ModelNoiseScale, which multiplies its noise by {scale:g}. Take that node out: "
             "Helios begins with noise as it is."
         )
-    for name, conditioning in (("positive", positive), ("negative", negative)):
-        check_conditioning(conditioning, name)
-        found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
-        if found:
-            raise ValueError(f"{node} does not support {found} ({name}). Take it out of the graph.")
-        width = model_patcher.model.diffusion_model.config.text_dim
-        wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
-        if wrong:
-            raise ValueError(
-                f"The {name} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
-                "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
-            )
-    schedule.check_size(latents.shape[-2] * SPATIAL_SCALE, latents.shape[-1] * SPATIAL_SCALE)
-    chunks = latents.shape[2] // CHUNK_LATENTS
+
+
+def check_prompt(node: str, conditioning: list, socket: str, width: int) -> None:
+    """Raise ValueError for a conditioning that a model of this text_dim cannot be sampled with."""
+    check_conditioning(conditioning, socket)
+    found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
+    if found:
+        raise ValueError(f"{node} does not support {found} ({socket}). Take it out of the graph.")
+    wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
+    if wrong:
+        raise ValueError(
+            f"The {socket} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
+            "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
+        )
+
+
+def check_track(node: str, positive: list, chunks: int) -> None:
+    """Raise ValueError for prompts in a row that a node has changed, or that outlast a video of so many chunks."""
     if any(has_other_track(*entry) for entry in positive):
         raise ValueError(
             f"A node before {node} changes the embedding that comes from Helios Prompt Schedule (ConditioningAverage, "
@@ -120,8 +126,6 @@ def check_sampling(
             f"The prompts last {sum(track.chunks)} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames)."
             " Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
         )
-    check_memory(model_patcher, latents)
-    return chunks
 
 
 def check_memory(model_patcher: Any, latents: Tensor) -> None:
