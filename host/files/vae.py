@@ -27,24 +27,21 @@ WAN_VAE_FIXED = {
 WAN_VAE_MARK, WAN_VAE_LARGE = "decoder.head.0.gamma", "decoder.middle.0.residual.2.weight"
 SIZE_MISMATCH = re.compile(r"size mismatch for ([^:\s]+):")  # as torch says it
 # diffusers' names for parts of the Wan 2.1 VAE -> those of the original, which the host knows.
-WAN_VAE_NAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^quant_conv\.", "conv1."),
-        (r"^post_quant_conv\.", "conv2."),
-        (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-        (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
-        (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
-        (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-        (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-        (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-        (r"\.down_blocks\.", ".downsamples."),
-        (r"\.norm1\.", ".residual.0."),
-        (r"(?<=\d)\.conv1\.", ".residual.2."),
-        (r"\.norm2\.", ".residual.3."),
-        (r"(?<=\d)\.conv2\.", ".residual.6."),
-        (r"\.conv_shortcut\.", ".shortcut."),
-    )
+WAN_VAE_NAMES = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+    (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.norm1\.", ".residual.0."),
+    (r"(?<=\d)\.conv1\.", ".residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"(?<=\d)\.conv2\.", ".residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
 )
 WAN_UP_BLOCK = re.compile(r"\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.")
 RESNETS_PER_UP_BLOCK = 3
@@ -83,5 +80,5 @@ def _original_name(name: str) -> str:
         index = int(up[1]) * (RESNETS_PER_UP_BLOCK + 1) + int(up[2] or RESNETS_PER_UP_BLOCK)
         name = f"{name[: up.start()]}.upsamples.{index}.{name[up.end() :]}"
     for pattern, replacement in WAN_VAE_NAMES:
-        name = pattern.sub(replacement, name)
+        name = re.sub(pattern, replacement, name)
     return name
