@@ -207,7 +207,8 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             for cond in conds:
                 if cond.get("hooks"):
                     cond["hooks"].reset()
-        self.inner_model.current_patcher.clear_cached_hook_weights()
+        for patcher in self.patchers:
+            patcher.model.current_patcher.clear_cached_hook_weights()
         self.stage_shape = None
 
     def enter_stage(self, latents: Tensor) -> None:
