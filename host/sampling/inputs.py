@@ -16,9 +16,9 @@ from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
 from ..sockets.conditioning import (
+    TRACK_KEY,
     check_conditioning,
     find_history,
-    find_track,
     has_other_track,
     without_other_tracks,
 )
@@ -61,7 +61,7 @@ def prepare(
     batch, _, frames, height, width = samples.shape
     schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
     chunks = frames // CHUNK_LATENTS
-    check_track(node, positive, chunks)
+    check_tracks(node, positive, chunks)
     check_memory(model, samples)
 
     start = find_history(positive)
@@ -113,19 +113,21 @@ def check_prompt(node: str, conditioning: list, socket: str, width: int) -> None
         )
 
 
-def check_track(node: str, positive: list, chunks: int) -> None:
+def check_tracks(node: str, positive: list, chunks: int) -> None:
     """Raise ValueError for prompts in a row that a node has changed, or that outlast a video of so many chunks."""
-    if any(has_other_track(*entry) for entry in positive):
-        raise ValueError(
-            f"A node before {node} changes the embedding that comes from Helios Prompt Schedule (ConditioningAverage, "
-            "for one), and the prompts there would take the place of what it makes. Take it out of the graph."
-        )
-    track = find_track(positive)
-    if track and sum(track.chunks) > chunks:
-        raise ValueError(
-            f"The prompts last {sum(track.chunks)} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames)."
-            " Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
-        )
+    for embedding, values in positive:
+        if has_other_track(embedding, values):
+            raise ValueError(
+                f"A node before {node} changes the embedding that comes from Helios Prompt Schedule "
+                "(ConditioningAverage, for one), and the prompts there would take the place of what it makes. Take it "
+                "out of the graph."
+            )
+        lasts = sum(values[TRACK_KEY].chunks) if TRACK_KEY in values else 0
+        if lasts > chunks:
+            raise ValueError(
+                f"The prompts last {lasts} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames). "
+                "Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
+            )
 
 
 def check_memory(model_patcher: Any, latents: Tensor) -> None:

@@ -249,9 +249,9 @@ def test_prompts_in_a_row_that_a_node_has_changed_are_refused(model):
 
 def test_more_prompt_chunks_than_video_chunks_are_refused(model):
     one = oracle.prompts()[0]
-    track = PromptTrack((one, one), (4, 4), blend=3)
+    combined = [[one, {TRACK_KEY: PromptTrack((one, one), chunks, blend=0)}] for chunks in ((1, 1), (4, 4))]
     with pytest.raises(ValueError, match=r"prompts last 8 chunks, but the video has 2 \(66 frames\)"):
-        sample(model, AMPLIFIED, 66, positive=[[one, {TRACK_KEY: track}]])
+        sample(model, AMPLIFIED, 66, positive=combined)
 
 
 IMAGE, VIDEO = torch.rand(1, *SIZE, 3), torch.rand(33, *SIZE, 3)
