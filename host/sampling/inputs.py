@@ -19,8 +19,8 @@ from ..sockets.conditioning import (
     TRACK_KEY,
     check_conditioning,
     find_history,
-    has_other_track,
-    without_other_tracks,
+    is_changed,
+    without_changed_tracks,
 )
 from ..sockets.latent import STATE_KEY, check_latent
 from ..sockets.schedule import check_schedule
@@ -69,7 +69,7 @@ def prepare(
     memory = start.memory(batch, height, width, rng)
     run = Run(schedule, memory, chunks, rng, start.first_index, start.skip_first_chunk)
     guider = HeliosGuider(model, run)
-    guider.set_conds(positive, without_other_tracks(negative))
+    guider.set_conds(positive, without_changed_tracks(negative))
     return guider
 
 
@@ -115,15 +115,14 @@ def check_prompt(node: str, conditioning: list, socket: str, width: int) -> None
 
 def check_tracks(node: str, positive: list, chunks: int) -> None:
     """Raise ValueError for prompts in a row that a node has changed, or that outlast a video of so many chunks."""
-    for embedding, values in positive:
-        if has_other_track(embedding, values):
+    for track in (values[TRACK_KEY] for _, values in positive if TRACK_KEY in values):
+        if is_changed(track, positive):
             raise ValueError(
                 f"A node before {node} changes the embedding that comes from Helios Prompt Schedule "
                 "(ConditioningAverage, for one), and the prompts there would take the place of what it makes. Take it "
                 "out of the graph."
             )
-        lasts = sum(values[TRACK_KEY].chunks) if TRACK_KEY in values else 0
-        if lasts > chunks:
+        if (lasts := sum(track.chunks)) > chunks:
             raise ValueError(
                 f"The prompts last {lasts} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames). "
                 "Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."

@@ -6,7 +6,6 @@ from typing import Any
 
 import node_helpers
 import torch
-from torch import Tensor
 
 from ...helios_core.video import PromptTrack, VideoStart
 from .latent import is_plain
@@ -62,17 +61,19 @@ def find_track(positive: list) -> PromptTrack | None:
     return next((values[TRACK_KEY] for _, values in positive if TRACK_KEY in values), None)
 
 
-def has_other_track(embedding: Tensor, values: dict[str, Any]) -> bool:
-    """Whether the prompts beside an embedding are not its own: a node has changed it since, and handed them on."""
-    if TRACK_KEY not in values:
-        return False
-    first = values[TRACK_KEY].embeddings[0]
-    return first.shape != embedding.shape or not torch.equal(first.to(embedding), embedding)
+def is_changed(track: PromptTrack, conditioning: list) -> bool:
+    """Whether a node has changed the embedding that these prompts lie beside in a conditioning, and handed them on.
+
+    A text encoder whose LoRA has keyframes makes several embeddings: the prompts are those of one.
+    """
+    first = track.embeddings[0]
+    beside = (embedding for embedding, values in conditioning if values.get(TRACK_KEY) is track)
+    return not any(first.shape == x.shape and torch.equal(first.to(x), x) for x in beside)
 
 
-def without_other_tracks(conditioning: list) -> list:
+def without_changed_tracks(conditioning: list) -> list:
     """With what nodes have made of embeddings, as ConditioningZeroOut does, for the whole video."""
     return [
-        [embedding, {k: x for k, x in values.items() if k != TRACK_KEY or not has_other_track(embedding, values)}]
+        [embedding, {k: x for k, x in values.items() if k != TRACK_KEY or not is_changed(x, conditioning)}]
         for embedding, values in conditioning
     ]
