@@ -28,37 +28,31 @@ HEAD_DIM = 128  # of every published checkpoint; shapes alone do not tell it
 
 IN_CHECKPOINTS = "model.diffusion_model."  # as ComfyUI saves models, alone or together with text encoder and VAE
 PREFIXES = (IN_CHECKPOINTS, "diffusion_model.", "transformer.")
-RENAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-        (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-        (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-        (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-        (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-        (r"^(blocks\.\d+\.ffn)\.0\.", r"\1.net.0.proj."),
-        (r"^(blocks\.\d+\.ffn)\.2\.", r"\1.net.2."),
-        (r"^scale_shift_table\b", "norm_out.scale_shift_table"),
-        (r"\b(scale_shift_table|history_key_scale)$", r"\1.weight"),
-    )
+RENAMES = (
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^(blocks\.\d+\.ffn)\.0\.", r"\1.net.0.proj."),
+    (r"^(blocks\.\d+\.ffn)\.2\.", r"\1.net.2."),
+    (r"^scale_shift_table\b", "norm_out.scale_shift_table"),
+    (r"\b(scale_shift_table|history_key_scale)$", r"\1.weight"),
 )
 BARE = re.compile(r"\b(scale_shift_table|history_key_scale)\.weight$")  # in files without the `.weight`
 BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,8})\.(.+)")  # number of a block, and a tensor's name in it
 HISTORY_PATCHES = ("patch_short.weight", "patch_mid.weight", "patch_long.weight")  # no other model has them
 IN_BLOCKS = "blocks."  # where quantised layers stay as they are; elsewhere little is saved by it
 FOREIGN_QUANTISED = re.compile(r"(^|\.)(absmax|quant_map|quant_state\..+|weight_packed|qweight|qzeros)$")
-FOREIGN = tuple(
-    (re.compile(pattern), looks_like)
-    for pattern, looks_like in (
-        (r"lora_(A|B|up|down)\.|lora_(A|B|up|down)$|\.lora\.", "a LoRA; a LoRA loader puts it on top of a model"),
-        (r"(^|\.)blocks\.0\.self_attn\.q\.weight$", "a Wan 2.1 or 2.2 video model, which has no history memory"),
-        (r"(^|\.)double_blocks\.0\.", "a Flux or HunyuanVideo model"),
-        (r"(^|\.)joint_blocks\.0\.", "a Stable Diffusion 3 model"),
-        (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion 1, 2 or XL model"),
-        (r"(^|\.)block\.0\.layer\.0\.SelfAttention\.q\.weight$", "a T5 or UMT5 text encoder; load it as a CLIP"),
-        (r"(^|\.)decoder\.(conv1|conv_in|head\.0)\.", "a VAE; load it with a VAE loader"),
-        (r"(^|\.)blocks\.0\.attn1\.to_q\.weight$", "a Wan model in diffusers' layout, which has no history memory"),
-    )
+FOREIGN = (
+    (r"lora_(A|B|up|down)\.|lora_(A|B|up|down)$|\.lora\.", "a LoRA; a LoRA loader puts it on top of a model"),
+    (r"(^|\.)blocks\.0\.self_attn\.q\.weight$", "a Wan 2.1 or 2.2 video model, which has no history memory"),
+    (r"(^|\.)double_blocks\.0\.", "a Flux or HunyuanVideo model"),
+    (r"(^|\.)joint_blocks\.0\.", "a Stable Diffusion 3 model"),
+    (r"(^|\.)input_blocks\.0\.0\.", "a Stable Diffusion 1, 2 or XL model"),
+    (r"(^|\.)block\.0\.layer\.0\.SelfAttention\.q\.weight$", "a T5 or UMT5 text encoder; load it as a CLIP"),
+    (r"(^|\.)decoder\.(conv1|conv_in|head\.0)\.", "a VAE; load it with a VAE loader"),
+    (r"(^|\.)blocks\.0\.attn1\.to_q\.weight$", "a Wan model in diffusers' layout, which has no history memory"),
 )
 
 
@@ -111,7 +105,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def own_name(name: str) -> str:
     """`HeliosTransformer`'s name for a tensor that is called this, without prefix, in some layout of files."""
     for pattern, replacement in RENAMES:
-        name = pattern.sub(replacement, name)
+        name = re.sub(pattern, replacement, name)
     return name
 
 
@@ -172,7 +166,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _refuse_foreign(path: Path, stored: Collection[str]) -> None:
     if not any(key.endswith(HISTORY_PATCHES) for key in stored):
         for pattern, looks_like in FOREIGN:
-            if key := next(filter(pattern.search, stored), None):
+            if key := next((key for key in stored if re.search(pattern, key)), None):
                 raise CheckpointError(f"{path} is no Helios model: {quoted(key)} is a key of {looks_like}.")
         raise CheckpointError(
             f"{path} is no Helios model: none of its {len(stored)} tensors is {' or '.join(HISTORY_PATCHES)}. "

@@ -78,9 +78,11 @@ def fused_where_possible(x: Tensor) -> ModuleType:
 @cache
 def _fused(device: torch.device) -> ModuleType | None:
     """The kernels, if Triton is here, knows this device, and finds the compiler it builds its launchers with."""
-    if device.type == "cuda" and (reason := _untried(device)):  # where Triton may end the process
-        logger.info("Without fused kernels: %s", reason)
-        return None
+    if device.type == "cuda":  # where Triton may end the process
+        reason = "on AMD cards they were never tried." if torch.version.hip else too_old_for_triton(device)
+        if reason:
+            logger.info("Without fused kernels: %s", reason)
+            return None
     try:
         from triton.runtime.errors import TritonError
 
@@ -96,10 +98,3 @@ def _fused(device: torch.device) -> ModuleType | None:
         logger.warning("Without fused kernels, which do not run on %s: %s", device, error)
         return None
     return fused
-
-
-def _untried(device: torch.device) -> str | None:
-    """What keeps a card from being one on which the kernels are known to run; None for those."""
-    if torch.version.hip:
-        return "on AMD cards they were never tried."
-    return too_old_for_triton(device)

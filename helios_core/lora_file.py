@@ -24,32 +24,26 @@ ALPHA_KEY = "lora_adapter_metadata"  # where diffusers, and with it Helios' own 
 TRAINED = "transformer."  # in front of the keys there
 
 # Ways to write the same part of a module, and the one that hosts know from every trainer.
-PARTS = tuple(
-    (re.compile(pattern), part)
-    for pattern, part in (
-        # What no host applies to the same effect: with it the module fits no weight and is left out.
-        (r"\.(lora_magnitude_vector|lora_mid|lora_[AB](?:\.\w+)?\.bias)\b.*$", "inapplicable"),
-        (r"\.lora_(?:A|down)(?:\.(?!weight)\w+)?(?:\.weight)?$", "lora_down.weight"),
-        (r"\.lora_(?:B|up)(?:\.(?!weight)\w+)?(?:\.weight)?$", "lora_up.weight"),
-        (r"[._]lora(?:_linear_layer)?\.down\.weight$", "lora_down.weight"),
-        (r"[._]lora(?:_linear_layer)?\.up\.weight$", "lora_up.weight"),
-        (r"\.(alpha|dora_scale|diff|diff_b|set_weight)$", r"\1"),
-        (r"\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)$", r"\1"),
-    )
+PARTS = (
+    # What no host applies to the same effect: with it the module fits no weight and is left out.
+    (r"\.(lora_magnitude_vector|lora_mid|lora_[AB](?:\.\w+)?\.bias)\b.*$", "inapplicable"),
+    (r"\.lora_(?:A|down)(?:\.(?!weight)\w+)?(?:\.weight)?$", "lora_down.weight"),
+    (r"\.lora_(?:B|up)(?:\.(?!weight)\w+)?(?:\.weight)?$", "lora_up.weight"),
+    (r"[._]lora(?:_linear_layer)?\.down\.weight$", "lora_down.weight"),
+    (r"[._]lora(?:_linear_layer)?\.up\.weight$", "lora_up.weight"),
+    (r"\.(alpha|dora_scale|diff|diff_b|set_weight)$", r"\1"),
+    (r"\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)$", r"\1"),
 )
 IN_WANS_NAMES = re.compile(r"(self|cross)_attn|ffn[._][02]\b|modulation|head[._]head|(time|text)_embedding")
 READS_IMAGE = re.compile(r"(k_img|v_img|img_emb|add_k_proj|add_v_proj|image_embedder)")
 WIDTHS = {1536: "Wan 2.1 1.3B", 3072: "Wan 2.2 5B"}  # a model of Wan's that is no 14B, by a side of its matrices
-FOREIGN = tuple(
-    (re.compile(pattern), model)
-    for pattern, model in (
-        (r"double_blocks|single_transformer_blocks", "Flux or HunyuanVideo"),
-        (r"joint_blocks", "Stable Diffusion 3"),
-        (r"lora_te|input_blocks|down_blocks|text_model_encoder", "Stable Diffusion 1, 2 or XL"),
-        (r"transformer_blocks", "LTX-Video, Qwen-Image or another model of diffusers"),
-        (r"(^|[._])layers[._]\d", "Lumina, Z-Image or another model"),
-        (r"(self_attn|attn1)[._]", "a Wan model of another size"),
-    )
+FOREIGN = (
+    (r"double_blocks|single_transformer_blocks", "Flux or HunyuanVideo"),
+    (r"joint_blocks", "Stable Diffusion 3"),
+    (r"lora_te|input_blocks|down_blocks|text_model_encoder", "Stable Diffusion 1, 2 or XL"),
+    (r"transformer_blocks", "LTX-Video, Qwen-Image or another model of diffusers"),
+    (r"(^|[._])layers[._]\d", "Lumina, Z-Image or another model"),
+    (r"(self_attn|attn1)[._]", "a Wan model of another size"),
 )
 
 
@@ -150,7 +144,7 @@ def by_weight(path: Path, stored: Mapping[str, StoredTensor], weights: Collectio
 def split_key(key: str) -> tuple[str, str | None]:
     """A key's module, and its part by the name that hosts know; no part for what is none of a LoRA's."""
     for pattern, part in PARTS:
-        if match := pattern.search(key):
+        if match := re.search(pattern, key):
             return key[: match.start()], match.expand(part)
     return key, None
 
@@ -220,7 +214,9 @@ def _no_fit(path: Path, stored: Mapping[str, StoredTensor], misfits: list[Stored
     if not any(split_key(key)[1] for key in stored):
         return f"{path} is no LoRA: none of its {len(stored)} tensors has the name of a LoRA's. {begins}"
     model = next((WIDTHS[side] for tensor in misfits for side in tensor.shape if side in WIDTHS), None)
-    model = model or next((model for pattern, model in FOREIGN if any(map(pattern.search, stored))), "another model")
+    model = model or next(
+        (model for pattern, model in FOREIGN if any(re.search(pattern, key) for key in stored)), "another model"
+    )
     why = "has the shape that this model needs" if misfits else "has a name that Helios has"
     return (
         f"{path} is a LoRA for {model}: none of its {len(stored)} tensors {why}. Choose one for Helios, or for Wan 2.1 "

@@ -11,32 +11,29 @@ from collections.abc import Iterable, Iterator, Mapping
 
 DOTTED = ("diffusion_model.", "transformer.", "base_model.model.", "")
 UNDERSCORED = ("lora_unet_", "lora_unet__", "lycoris_")
-WAN = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"\battn1\b", "self_attn"),
-        (r"\battn2\b", "cross_attn"),
-        (r"\bto_([qkv])$", r"\1"),
-        (r"\bto_out\.0$", "o"),
-        (r"\bnorm2$", "norm3"),
-        (r"\bffn\.net\.0\.proj$", "ffn.0"),
-        (r"\bffn\.net\.2$", "ffn.2"),
-        (r"^blocks\.(\d+)\.scale_shift_table$", r"blocks.\1.modulation"),
-        (r"^norm_out\.scale_shift_table$", "head.modulation"),
-        (r"^proj_out$", "head.head"),
-        (r"^condition_embedder\.time_proj$", "time_projection.1"),
-        (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
-        (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
-        (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
-        (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
-    )
+WAN = (
+    (r"\battn1\b", "self_attn"),
+    (r"\battn2\b", "cross_attn"),
+    (r"\bto_([qkv])$", r"\1"),
+    (r"\bto_out\.0$", "o"),
+    (r"\bnorm2$", "norm3"),
+    (r"\bffn\.net\.0\.proj$", "ffn.0"),
+    (r"\bffn\.net\.2$", "ffn.2"),
+    (r"^blocks\.(\d+)\.scale_shift_table$", r"blocks.\1.modulation"),
+    (r"^norm_out\.scale_shift_table$", "head.modulation"),
+    (r"^proj_out$", "head.head"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"),
+    (r"^condition_embedder\.text_embedder\.linear_1$", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2$", "text_embedding.2"),
+    (r"^condition_embedder\.time_embedder\.linear_1$", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2$", "time_embedding.2"),
 )
 
 
 def wan_name(module: str) -> str:
     """What Wan 2.1's own code calls a module of ours; the same where it has none like it."""
     for pattern, name in WAN:
-        module = pattern.sub(name, module)
+        module = re.sub(pattern, name, module)
     return module
 
 

@@ -72,32 +72,15 @@ def share_out(group: dist.ProcessGroup | None = None, attend: Attention = sdpa) 
         queries = shares.noisy if noisy_only else shares.whole
 
         def attend_together(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return _attend_together(query, key, value, queries, shares.whole, heads, attend, group)
+            """Own tokens to those of all, which lie in the order of the processes: attention does not look at it."""
+            [q] = share_heads([query], queries, heads, group)
+            k, v = share_heads([key, value], shares.whole, heads, group)
+            return share_tokens(attend(q, k, v), queries, [count * query.shape[-1] for count in heads], group)
 
         x = block(x, text, time, shares.take(rope, rank), attend, noisy_only, attend_together)
         return gather(x, shares.noisy, group) if noisy_only else x
 
     return run_block
-
-
-def _attend_together(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    queries: list[int],
-    keys: list[int],
-    heads: list[int],
-    attend: Attention,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Attention of a process's tokens to those of all, (B, its queries, heads, head_dim) -> (B, its queries, D).
-
-    queries, keys and heads: how many each process has. Tokens lie in the order of the processes, which attention does
-    not look at.
-    """
-    [q] = share_heads([query], queries, heads, group)
-    k, v = share_heads([key, value], keys, heads, group)
-    return share_tokens(attend(q, k, v), queries, [count * query.shape[-1] for count in heads], group)
 
 
 def share_heads(

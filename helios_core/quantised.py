@@ -282,7 +282,7 @@ def _marked_settings(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, 
 
 
 def _read(stored: StoredTensor) -> Tensor:
-    [(_, tensor)] = read_tensors({stored.key: stored}, lambda name: stored.dtype)
+    [(_, tensor)] = read_tensors({stored.key: stored})
     return tensor
 
 

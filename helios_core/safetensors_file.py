@@ -56,9 +56,9 @@ class StoredTensor:
 
 
 def read_tensors(
-    tensors: Mapping[str, StoredTensor], target: Callable[[str], torch.dtype]
+    tensors: Mapping[str, StoredTensor], target: Callable[[str], torch.dtype] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) in the order of the files, each in the dtype that `target` names for it.
+    """Yield (name, tensor) in the order of the files, each in the dtype that `target` names for it, or as it is stored.
 
     A tensor stored in that dtype is a copy-on-write view of the file and takes no memory of its own. Of the others one
     exists at a time, apart from those the caller keeps. Raises CheckpointError for values outside the target's range,
@@ -71,7 +71,7 @@ def read_tensors(
     for source, group in itertools.groupby(sorted(tensors.items(), key=position), key=lambda x: x[1].source):
         whole_file: mmap.mmap | None = None  # one map for all views: each map holds a file handle until it is gone
         for name, stored in group:
-            if (dtype := target(name)) != stored.dtype:
+            if target and (dtype := target(name)) != stored.dtype:
                 yield name, _converted(stored, dtype)
                 continue
             if whole_file is None:

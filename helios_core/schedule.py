@@ -245,15 +245,6 @@ def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tu
     result = []
     for index, steps in enumerate(schedule.steps):
         tokens = stage_tokens(schedule, index, height, width)
-        if schedule.solver == "dmd":
-            # The distilled model was trained on grids of one step more, without the last but one sigma.
-            amplified = schedule.amplify_first_chunk and first_chunk
-            grid = np.linspace(SIGMA_MAX, _last_sigma(), steps * (2 if amplified else 1) + 1)[:-1]
-        elif schedule.is_pyramid:
-            grid = np.linspace(SIGMA_MAX, _last_sigma(), steps)
-        else:
-            grid = np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
-        sigmas = torch.cat([torch.from_numpy(grid), torch.zeros(1, dtype=torch.float64)])
         mu = dynamic_shift_mu(tokens, schedule)
         lowest, highest = MU_RANGE[schedule.time_shift]
         if not lowest < mu < highest:
@@ -262,18 +253,34 @@ def stages(schedule: Schedule, height: int, width: int, first_chunk: bool) -> tu
                 f"({schedule.time_shift}: above {lowest:.4g} and below {highest:.4g}). Make a smaller video, or take "
                 "the shifts in scheduler_config.json from the model's repository."
             )
-        sigmas = shift_time(sigmas, schedule.time_shift, mu)
-        if not schedule.is_pyramid:
-            timesteps = sigmas[:-1] * TRAIN_STEPS
-        elif schedule.time_shift is None:
-            low, high = _timestep_range(schedule, index)
-            points = len(grid) + (1 if schedule.solver == "dmd" else 0)
-            timesteps = torch.from_numpy(np.linspace(high, low, points)[: len(grid)])
-        else:
-            low, high = _timestep_range(schedule, index)
-            timesteps = low + sigmas[:-1] * (high - low)
-        result.append(Stage(timesteps, sigmas, _entry_weights(schedule, index) if index else None))
+        amplified = schedule.amplify_first_chunk and first_chunk
+        sigmas = shift_time(_grid(schedule, 2 * steps if amplified else steps), schedule.time_shift, mu)
+        entry = _entry_weights(schedule, index) if index else None
+        result.append(Stage(_timesteps(schedule, index, sigmas[:-1]), sigmas, entry))
     return tuple(result)
+
+
+def _grid(schedule: Schedule, steps: int) -> Tensor:
+    """A stage's sigmas before they are shifted, (N + 1,), ends in 0."""
+    if schedule.solver == "dmd":
+        # The distilled model was trained on grids of one step more, without the last but one sigma.
+        grid = np.linspace(SIGMA_MAX, _last_sigma(), steps + 1)[:-1]
+    elif schedule.is_pyramid:
+        grid = np.linspace(SIGMA_MAX, _last_sigma(), steps)
+    else:
+        grid = np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
+    return torch.cat([torch.from_numpy(grid), torch.zeros(1, dtype=torch.float64)])
+
+
+def _timesteps(schedule: Schedule, index: int, sigmas: Tensor) -> Tensor:
+    """What the network is told at a stage's shifted sigmas (N,)."""
+    if not schedule.is_pyramid:
+        return sigmas * TRAIN_STEPS
+    low, high = _timestep_range(schedule, index)
+    if schedule.time_shift is None:
+        points = len(sigmas) + (1 if schedule.solver == "dmd" else 0)
+        return torch.from_numpy(np.linspace(high, low, points)[: len(sigmas)])
+    return low + sigmas * (high - low)
 
 
 def _last_sigma() -> float:

@@ -116,6 +116,12 @@ class PromptTrack:
 
     def __post_init__(self) -> None:
         check_lengths(self.chunks, self.blend)
+        sizes = {tuple(x.shape[1:]) for x in (*self.embeddings, *(turn.embedding for turn in self.turns))}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The prompts have embeddings of {' and '.join(map(str, sorted(sizes)))} tokens and width: they were "
+                "encoded by different text encoders. Connect the same one wherever prompts of a video are encoded."
+            )
 
     def at(self, index: int) -> Tensor:
         """The embedding (1, L, D) of a chunk, counted from where the track begins; the last prompt stays."""

@@ -25,11 +25,15 @@ class Notes:
     def __init__(self, node_id: str | None):
         self.node_id = node_id
         self.lines: list[str] = []
-        _clear(node_id)
+        if node_id in _shown:
+            _shown.discard(node_id)
+            tell("", node_id)
 
-    def warn(self, message: str) -> None:
-        log.warning(message)
-        self._show(message)
+    def warn(self, *messages: str | None) -> None:
+        """None is no message: what a check returns where all is well."""
+        for message in filter(None, messages):
+            log.warning(message)
+            self._show(message)
 
     def inform(self, message: str) -> None:
         log.info(message)
@@ -37,20 +41,9 @@ class Notes:
 
     def _show(self, message: str) -> None:
         self.lines.append(message)
-        _show("\n".join(self.lines), self.node_id)
-
-
-def _clear(node_id: str | None) -> None:
-    """Take back what an earlier run has shown on this node."""
-    if node_id is not None and node_id in _shown:
-        _shown.discard(node_id)
-        tell("", node_id)
-
-
-def _show(message: str, node_id: str | None) -> None:
-    tell(message, node_id)
-    if node_id is not None:
-        _shown.add(node_id)
+        tell("\n".join(self.lines), self.node_id)
+        if self.node_id is not None:
+            _shown.add(self.node_id)
 
 
 def tell(message: str, node_id: str | None) -> None:

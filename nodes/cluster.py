@@ -66,8 +66,7 @@ class HeliosMultiGPU(io.ComfyNode):
             check_address(address)
         found = find_cards(cards, model, address)
         notes = Notes(cls.hidden.unique_id)
-        if warning := loading_warning(model, cards):
-            notes.warn(warning)
+        notes.warn(loading_warning(model, cards))
         return io.NodeOutput(on_several_cards(model, found, timeout, address))
 
 

@@ -57,8 +57,7 @@ class HeliosChunkedVAEDecode(io.ComfyNode):
         notes = Notes(cls.hidden.unique_id)
         with offloaded_vae(vae, offloading(group_offload, blocks_per_group, "disk")) as decoder:
             images = decode_chunks(latent, decoder, trim, drop_first, crossfade)
-        for warning in filter(None, (trim_warning(latent, trim), unsampled_warning(latent))):
-            notes.warn(warning)
+        notes.warn(trim_warning(latent, trim), unsampled_warning(latent))
         return io.NodeOutput(images, float(FRAME_RATE))
 
 

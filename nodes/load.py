@@ -56,9 +56,7 @@ def load(path: str, dtype: DtypeChoice, how: Offloading | None, weights_in: str,
     """The MODEL of a file or folder. Says so on the node where weights_in disk spares no memory."""
     checkpoint = open_checkpoint(Path(path))
     if weights_in == "disk":
-        warning = IDLE_WEIGHTS_IN if how is None else converted_on_reading(checkpoint, dtype)
-        if warning:
-            notes.warn(warning)
+        notes.warn(IDLE_WEIGHTS_IN if how is None else converted_on_reading(checkpoint, dtype))
     return make_model(checkpoint, dtype, how)
 
 
@@ -147,8 +145,7 @@ class HeliosDiffusersLoader(io.ComfyNode):
         path = find_folder(folder)
         notes = Notes(cls.hidden.unique_id)
         schedule, warning = read_schedule(path)
-        if warning:
-            notes.warn(warning)
+        notes.warn(warning)
         model = load(str(path), dtype, how, weights_in, notes)
         text_dtype = None if dtype in ("auto", "fp8_e4m3fn") else DTYPES[dtype]
         return io.NodeOutput(model, load_text_encoder(path, text_dtype), load_vae(path), schedule)

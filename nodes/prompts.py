@@ -14,9 +14,8 @@ from ..host.compat import INCREMENT, advanced, schema
 from ..host.files.prompt_file import fingerprint, read_prompts, text_files
 from ..host.messages import Notes, tell
 from ..host.model.offload_patcher import offloaded_clip, offloading
-from ..host.sockets.conditioning import check_conditioning
+from ..host.sockets.conditioning import check_conditioning, find_track, set_track
 from ..host.sockets.prompt_changes import SteeredPrompts
-from ..host.sockets.prompt_track import find_track, set_track
 from ..host.sockets.text_encoding import encode_prompt
 from ..host.widget_checks import found
 from .inputs import NEGATIVE, POSITIVE, offload_inputs

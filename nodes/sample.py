@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..helios_core.config import CHUNK_FRAMES
 from ..host.compat import schema
 from ..host.messages import Notes
-from ..host.sampling.inputs import (
-    frames_asked,
-    latent_warning,
-    prepare,
-    sampled,
-    source_warning,
-    variant_warning,
-)
+from ..host.sampling.inputs import latent_warning, prepare, sampled, source_warning, variant_warning
 from ..host.sampling.whole_video import collect
 from ..host.sockets.decoding import too_many_frames
+from ..host.sockets.latent import asked_frames
 from .inputs import model_inputs, seed_input, seed_mode_input
 
 
@@ -49,12 +44,10 @@ class HeliosChunkedSampler(io.ComfyNode):
     def execute(cls, model, positive, negative, latent, schedule, seed, seed_mode="continue") -> io.NodeOutput:
         guider = prepare("Helios Chunked Sampler", model, positive, negative, latent, schedule, seed, seed_mode)
         notes = Notes(cls.hidden.unique_id)
-        frames = frames_asked(latent, guider.run.chunks)
+        frames = asked_frames(latent) or guider.run.chunks * CHUNK_FRAMES
         batch, _, _, height, width = guider.run.chunk_shape
         too_many = too_many_frames(batch, frames, height, width)  # decoding says so too late
-        warnings = (variant_warning(model, schedule), latent_warning(latent), source_warning(positive, latent))
-        for warning in filter(None, (*warnings, too_many)):
-            notes.warn(warning)
+        notes.warn(variant_warning(model, schedule), latent_warning(latent), source_warning(positive, latent), too_many)
         return io.NodeOutput(sampled(collect(guider), frames, guider))
 
 

@@ -174,14 +174,12 @@ class HeliosStreamVideo(io.ComfyNode):
             end, guider.run = sys.maxsize, replace(guider.run, more=steering.goes_on)
         how = offloading(vae_offload, weights_in="disk")
         notes = Notes(cls.hidden.unique_id)
-        warnings = (
+        notes.warn(
             variant_warning(model, schedule),
             latent_warning(latent),
             source_warning(positive, latent),
             trim_warning(latent, trim),
         )
-        for warning in filter(None, warnings):
-            notes.warn(warning)
         prompt, node_id = cls.hidden.prompt, cls.hidden.unique_id
         prompts = PromptTurns(guider, clip, steering, notes, given_prompts(prompt or {}, node_id))
         picked_up = pick_up(guider, prompt, node_id, notes) if resume else nullcontext()

@@ -66,7 +66,7 @@ def converted(source: Path, model: Checkpoint | None) -> tuple[dict[str, Tensor]
         for weight, tensors in changes.items()
         for part, tensor in tensors.items()
     }
-    made = {name: tensor.clone() for name, tensor in read_tensors(parts, lambda name: parts[name].dtype)}
+    made = {name: tensor.clone() for name, tensor in read_tensors(parts)}
     for weight, alpha in metadata_alphas(source, metadata, changes).items():
         made[f"{PREFIX}{module_of(weight)}.alpha"] = torch.tensor(alpha)
     return made | dict(in_place_of(whole, model)), unknown

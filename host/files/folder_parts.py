@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ...helios_core.json_file import read_json
 from ...helios_core.quoting import quoted
 from ...helios_core.regular_file import CheckpointError
-from ...helios_core.safetensors_file import DTYPES, StoredTensor, read_headers, read_index, read_tensors, some
+from ...helios_core.safetensors_file import DTYPES, StoredTensor, read_headers, read_index, some
 from .shipped import part_path
 
 DOWNLOAD = (
@@ -47,11 +45,6 @@ def stored_tensors(part: Path, stem: str) -> dict[str, StoredTensor]:
     if unreadable := [name for name, x in stored.items() if x.dtype not in DTYPES.values()]:
         raise CheckpointError(f"{part} stores {some(unreadable)} in a type that is none of {some(DTYPES)}. {DOWNLOAD}")
     return stored
-
-
-def mapped_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """All tensors, mapped to the files they are in."""
-    return dict(read_tensors(stored, lambda name: stored[name].dtype))
 
 
 def misshapen(part: Path, expected: str, wrong: list[str]) -> CheckpointError:

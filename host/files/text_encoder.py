@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...helios_core.quoting import quoted
 from ...helios_core.regular_file import CheckpointError, open_regular
+from ...helios_core.safetensors_file import read_tensors
 from ..compat import usual_patcher, without_dynamic
-from .folder_parts import DOWNLOAD, check_names, mapped_tensors, misshapen, part_config, part_folder, stored_tensors
+from .folder_parts import DOWNLOAD, check_names, misshapen, part_config, part_folder, stored_tensors
 
 # Sizes of UMT5-XXL, the ones the host builds unless it is told others.
 UMT5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 256384}
@@ -99,7 +100,7 @@ def _text_tensors(part: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     check_names(part, stored.keys(), expected.keys())
     if wrong := [f"{k} {x.shape} for {expected[k]}" for k, x in stored.items() if x.shape != expected[k]]:
         raise misshapen(part, "its config.json says", wrong)
-    return mapped_tensors(stored)
+    return dict(read_tensors(stored))
 
 
 def _umt5_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,8 @@ import comfy.sd
 
 from ...helios_core.config import LATENT_CHANNELS
 from ...helios_core.regular_file import CheckpointError
-from .folder_parts import DOWNLOAD, check_names, mapped_tensors, misshapen, part_config, part_folder, stored_tensors
+from ...helios_core.safetensors_file import read_tensors
+from .folder_parts import DOWNLOAD, check_names, misshapen, part_config, part_folder, stored_tensors
 
 WAN_VAE_FIXED = {
     "z_dim": (LATENT_CHANNELS,),
@@ -26,24 +27,21 @@ WAN_VAE_FIXED = {
 WAN_VAE_MARK, WAN_VAE_LARGE = "decoder.head.0.gamma", "decoder.middle.0.residual.2.weight"
 SIZE_MISMATCH = re.compile(r"size mismatch for ([^:\s]+):")  # as torch says it
 # diffusers' names for parts of the Wan 2.1 VAE -> those of the original, which the host knows.
-WAN_VAE_NAMES = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^quant_conv\.", "conv1."),
-        (r"^post_quant_conv\.", "conv2."),
-        (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-        (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
-        (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
-        (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-        (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-        (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-        (r"\.down_blocks\.", ".downsamples."),
-        (r"\.norm1\.", ".residual.0."),
-        (r"(?<=\d)\.conv1\.", ".residual.2."),
-        (r"\.norm2\.", ".residual.3."),
-        (r"(?<=\d)\.conv2\.", ".residual.6."),
-        (r"\.conv_shortcut\.", ".shortcut."),
-    )
+WAN_VAE_NAMES = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
+    (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+    (r"\.norm1\.", ".residual.0."),
+    (r"(?<=\d)\.conv1\.", ".residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"(?<=\d)\.conv2\.", ".residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
 )
 WAN_UP_BLOCK = re.compile(r"\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.")
 RESNETS_PER_UP_BLOCK = 3
@@ -60,7 +58,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     if stored[WAN_VAE_LARGE].shape != (width, width, 3, 3, 3):  # or the host builds what the file does not hold
         wrong = [f"{WAN_VAE_LARGE} {stored[WAN_VAE_LARGE].shape} for {(width, width, 3, 3, 3)}"]
         raise misshapen(part, "a Wan 2.1 VAE", wrong)
-    tensors = mapped_tensors(stored)
+    tensors = dict(read_tensors(stored))
     try:
         vae = comfy.sd.VAE(sd=tensors)
     except RuntimeError as error:
@@ -82,5 +80,5 @@ def _original_name(name: str) -> str:
         index = int(up[1]) * (RESNETS_PER_UP_BLOCK + 1) + int(up[2] or RESNETS_PER_UP_BLOCK)
         name = f"{name[: up.start()]}.upsamples.{index}.{name[up.end() :]}"
     for pattern, replacement in WAN_VAE_NAMES:
-        name = pattern.sub(replacement, name)
+        name = re.sub(pattern, replacement, name)
     return name

@@ -43,5 +43,5 @@ def read(lora: LoraFile) -> dict[str, Tensor]:
         f"{weight}.{part}": tensor for weight, parts in lora.changes.items() for part, tensor in parts.items()
     }
     # Copies: patches outlive this run, and a file that is mapped must not be cut short meanwhile.
-    tensors = {name: x.clone() for name, x in read_tensors(stored, lambda name: stored[name].dtype)}
+    tensors = {name: x.clone() for name, x in read_tensors(stored)}
     return tensors | {f"{weight}.alpha": torch.tensor(alpha) for weight, alpha in lora.alphas.items()}

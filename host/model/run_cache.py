@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ OPTIONS = (
     "model_function_wrapper",
     "context_handler",
 )
+
+# MultiGPU CFG Split (0.33) has a thread for each card. Not the cache's own: other nodes may copy what it lies in.
+_one_at_a_time = Lock()
 
 
 class RunCache:
@@ -60,16 +64,17 @@ class RunCache:
         if not conds or any(cond not in self.prompts for cond in conds):
             return context
         key = (tuple((cond, self.prompts[cond][0]) for cond in conds), context.shape, context.dtype, context.device)
-        prepared = self.texts.pop(key, None)
-        if prepared is None:
-            needed = context.shape[0] * context.shape[1] * text_bytes_per_token(network, context.dtype)
-            if needed > self.text_bytes:
-                return context
-            while self.texts and needed + sum(text.nbytes for text in self.texts.values()) > self.text_bytes:
-                del self.texts[next(iter(self.texts))]
-            prepared = network.prepare_text(context)
-        self.texts[key] = prepared
-        return prepared
+        with _one_at_a_time:
+            prepared = self.texts.pop(key, None)
+            if prepared is None:
+                needed = context.shape[0] * context.shape[1] * text_bytes_per_token(network, context.dtype)
+                if needed > self.text_bytes:
+                    return context
+                while self.texts and needed + sum(text.nbytes for text in self.texts.values()) > self.text_bytes:
+                    del self.texts[next(iter(self.texts))]
+                prepared = network.prepare_text(context)
+            self.texts[key] = prepared
+            return prepared
 
     def history(self, network: HeliosTransformer, history: History) -> PreparedHistory:
         """The chunk's history, prepared; the guider gives the same to all conds."""

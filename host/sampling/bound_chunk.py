@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,24 +35,26 @@ class BoundChunk:
     """How the flow of one chunk is predicted: called by the core's loop, answered through the host's guider."""
 
     guider: HeliosGuider
-    schedule: Schedule
     conds: dict[str, list[dict[str, Any]]]  # processed, with this chunk's prompts and history
     history: dict[str, Any]  # as model_conds
-    options: dict[str, Any]  # the run's model_options
-    seed: int
 
-    @property
-    def sampling(self) -> FlowSampling:
-        return self.guider.inner_model.model_sampling
+    def everywhere(self, state: Callable[..., AbstractContextManager[None]], value: float) -> ExitStack:
+        """A state of the model_sampling, and of those that the MODEL's copies on other cards have."""
+        stack = ExitStack()
+        for patcher in self.guider.patchers:
+            stack.enter_context(state(patcher.model.model_sampling, value))
+        return stack
 
     def __call__(self, latents: Tensor, timestep: float, sigma: float) -> Tensor:
         """The guided flow at latents (B, 16, 9, h, w), through the MODEL's PREDICT_NOISE wrappers."""
+        guider, options = self.guider, self.guider.options
         host_sigma = torch.full((latents.shape[0],), timestep / TRAIN_STEPS, device=latents.device)
         latents = latents.contiguous()  # as other nodes expect them, with `view`
-        self.guider.enter_stage(latents)
-        model = self.guider.inner_model
-        with self.sampling.at(timestep), model.showing(self.history), refusing_by_name(self.options):
-            return self.guider(latents, host_sigma, {**self.options, STEP_KEY: BoundStep(self, sigma)}, self.seed)
+        guider.enter_stage(latents)
+        sampling = self.everywhere(FlowSampling.at, timestep)
+        with sampling, guider.inner_model.showing(self.history), refusing_by_name(options):
+            seed = guider.run.rng.initial_seed()
+            return guider(latents, host_sigma, {**options, STEP_KEY: BoundStep(self, sigma)}, seed)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class BoundStep:
     @property
     def schedule(self) -> Schedule:
         """With this step's guidance scale: a wrapper around it may have set another (CFG Override of 0.33)."""
-        return replace(self.chunk.schedule, guidance_scale=self.chunk.guider.cfg)
+        return replace(self.chunk.guider.run.schedule, guidance_scale=self.chunk.guider.cfg)
 
     def predict(self, x: Tensor, timestep: Tensor, options: dict[str, Any], seed: int | None) -> Tensor:
         """The guided flow at x (B, 16, 9, h, w); timestep (B,) in the host's unit."""
@@ -91,7 +95,7 @@ class BoundStep:
                 **options,
                 "sampler_pre_cfg_function": [scale_uncond, *options.get("sampler_pre_cfg_function", [])],
             }
-        with self.chunk.sampling.denoising(sigma):
+        with self.chunk.everywhere(FlowSampling.denoising, sigma):
             inner, scale = self.chunk.guider.inner_model, schedule.guidance_scale
             denoised = comfy.samplers.sampling_function(
                 inner, x, timestep, negative, positive, scale, model_options=options, seed=seed

@@ -25,7 +25,7 @@ from ..model.base_model import MEMORY_KEY, TEXT_CACHED_KEY, history_conds
 from ..model.offload_patcher import release
 from ..model.run_cache import CACHE_KEY, RunCache, can_cache, text_bytes_per_token
 from ..progress import SamplingProgress
-from ..sockets.prompt_track import TRACK_KEY
+from ..sockets.conditioning import TRACK_KEY
 from .bound_chunk import STEP_KEY, BoundChunk, BoundStep
 from .step_cache import counting_skipped_steps, restart_step_cache
 
@@ -53,6 +53,11 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         self.done = 0  # chunks that an earlier run has made
         self.next_index = run.first_index  # of the chunk that comes next in the video
         self.turns: list[Turn] = []  # that are not taken yet
+
+    @property
+    def patchers(self) -> list[Any]:
+        """The MODEL, and its copies on other cards (MultiGPU CFG Split of 0.33)."""
+        return [self.model_patcher, *self.model_patcher.get_additional_models_with_key("multigpu")]
 
     def resume(self, done: int, memory: Memory, rng_state: Tensor) -> None:
         """Take the first `done` chunks for made; memory and rng_state are as they were after the last of them."""
@@ -87,7 +92,8 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             self.sample(noise, torch.zeros_like(noise), None, sigmas, seed=self.run.rng.initial_seed())
         finally:
             self.original_conds = given
-            release(self.model_patcher)
+            for patcher in self.patchers:
+                release(patcher)
             self.memory = self.memory.to("cpu")
 
     def inner_sample(
@@ -185,7 +191,7 @@ class HeliosGuider(comfy.samplers.CFGGuider):
         if self.cache is not None:
             self.cache.start_chunk(prompts)
         self.restart_trajectory()
-        return BoundChunk(self, self.run.schedule, conds, extra, self.options, self.run.rng.initial_seed())
+        return BoundChunk(self, conds, extra)
 
     def take_turns(self) -> None:
         """Every positive prompt goes over to those that take over, each from its own."""
@@ -201,7 +207,8 @@ class HeliosGuider(comfy.samplers.CFGGuider):
             for cond in conds:
                 if cond.get("hooks"):
                     cond["hooks"].reset()
-        self.inner_model.current_patcher.clear_cached_hook_weights()
+        for patcher in self.patchers:
+            patcher.model.current_patcher.clear_cached_hook_weights()
         self.stage_shape = None
 
     def enter_stage(self, latents: Tensor) -> None:

@@ -15,9 +15,14 @@ from ..compat import noise_scale
 from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
-from ..sockets.conditioning import check_conditioning, find_history
-from ..sockets.latent import STATE_KEY, asked_frames, check_latent, is_empty
-from ..sockets.prompt_track import find_track
+from ..sockets.conditioning import (
+    TRACK_KEY,
+    check_conditioning,
+    find_history,
+    is_changed,
+    without_changed_tracks,
+)
+from ..sockets.latent import STATE_KEY, check_latent, is_empty
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
 
@@ -59,14 +64,22 @@ def prepare(
             f"The LATENT of {node} has a noise mask (as from Set Latent Noise Mask), and Helios cannot denoise "
             "a part of a picture. Take that node out."
         )
-    chunks = check_sampling(node, model, positive, negative, samples, schedule)
+    check_sampled_model(node, model)
+    check_schedule(schedule)
+    for socket, conditioning in (("positive", positive), ("negative", negative)):
+        check_prompt(node, conditioning, socket, model.model.diffusion_model.config.text_dim)
+    batch, _, frames, height, width = samples.shape
+    schedule.check_size(height * SPATIAL_SCALE, width * SPATIAL_SCALE)
+    chunks = frames // CHUNK_LATENTS
+    check_tracks(node, positive, chunks)
+    check_memory(model, samples)
+
     start = find_history(positive)
     rng = make_rng(start, seed, seed_mode)
-    batch, _, _, height, width = samples.shape
     memory = start.memory(batch, height, width, rng)
     run = Run(schedule, memory, chunks, rng, start.first_index, start.skip_first_chunk)
     guider = HeliosGuider(model, run)
-    guider.set_conds(positive, negative)
+    guider.set_conds(positive, without_changed_tracks(negative))
     return guider
 
 
@@ -80,16 +93,10 @@ def check_model(node: str, model_patcher: Any) -> None:
         )
 
 
-def check_sampling(
-    node: str, model_patcher: Any, positive: list, negative: list, latents: Tensor, schedule: Schedule
-) -> int:
-    """How many chunks the node of this name is to sample into latents (B, 16, 9k, H, W).
-
-    Raises ValueError, before anything is loaded, for what cannot be sampled.
-    """
+def check_sampled_model(node: str, model_patcher: Any) -> None:
+    """Raise ValueError for a MODEL that the node of this name cannot sample with."""
     check_model(node, model_patcher)
     check_model_options(node, model_patcher)
-    check_schedule(schedule)
     if not isinstance(sampling := model_patcher.get_model_object("model_sampling"), FlowSampling):
         raise ValueError(
             f"The MODEL went through {node_of(type(sampling))}, which replaces its sampling. Take that node out: the "
@@ -100,35 +107,43 @@ def check_sampling(
             f"The MODEL went through ModelNoiseScale, which multiplies its noise by {scale:g}. Take that node out: "
             "Helios begins with noise as it is."
         )
-    for name, conditioning in (("positive", positive), ("negative", negative)):
-        check_conditioning(conditioning, name)
-        found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
-        if found:
-            raise ValueError(f"{node} does not support {found} ({name}). Take it out of the graph.")
-        picture = next((key for _, values in conditioning for key in PICTURES if key in values), None)
-        if picture:
-            raise ValueError(
-                f"The {name} conditioning went through a node for other models, such as WanImageToVideo, and brings a "
-                f"picture ({picture}) that Helios would not see. Take that node out, and connect the image to "
-                "start_image, or the frames to video, of Helios History Injection."
-            )
-        width = model_patcher.model.diffusion_model.config.text_dim
-        wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
-        if wrong:
-            raise ValueError(
-                f"The {name} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
-                "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
-            )
-    schedule.check_size(latents.shape[-2] * SPATIAL_SCALE, latents.shape[-1] * SPATIAL_SCALE)
-    chunks = latents.shape[2] // CHUNK_LATENTS
-    track = find_track(positive)
-    if track and sum(track.chunks) > chunks:
+
+
+def check_prompt(node: str, conditioning: list, socket: str, width: int) -> None:
+    """Raise ValueError for a conditioning that a model of this text_dim cannot be sampled with."""
+    check_conditioning(conditioning, socket)
+    found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
+    if found:
+        raise ValueError(f"{node} does not support {found} ({socket}). Take it out of the graph.")
+    picture = next((key for _, values in conditioning for key in PICTURES if key in values), None)
+    if picture:
         raise ValueError(
-            f"The prompts last {sum(track.chunks)} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames)."
-            " Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
+            f"The {socket} conditioning went through a node for other models, such as WanImageToVideo, and brings a "
+            f"picture ({picture}) that Helios would not see. Take that node out, and connect the image to "
+            "start_image, or the frames to video, of Helios History Injection."
         )
-    check_memory(model_patcher, latents)
-    return chunks
+    wrong = next((tuple(embedding.shape) for embedding, _ in conditioning if embedding.shape[-1] != width), None)
+    if wrong:
+        raise ValueError(
+            f"The {socket} conditioning is {wrong[-1]} wide, the model expects {width}. Encode the prompt with the "
+            "UMT5-XXL text encoder (CLIPLoader of type wan, or Helios Diffusers Loader)."
+        )
+
+
+def check_tracks(node: str, positive: list, chunks: int) -> None:
+    """Raise ValueError for prompts in a row that a node has changed, or that outlast a video of so many chunks."""
+    for track in (values[TRACK_KEY] for _, values in positive if TRACK_KEY in values):
+        if is_changed(track, positive):
+            raise ValueError(
+                f"A node before {node} changes the embedding that comes from Helios Prompt Schedule "
+                "(ConditioningAverage, for one), and the prompts there would take the place of what it makes. Take it "
+                "out of the graph."
+            )
+        if (lasts := sum(track.chunks)) > chunks:
+            raise ValueError(
+                f"The prompts last {lasts} chunks, but the video has {chunks} ({chunks * CHUNK_FRAMES} frames). "
+                "Connect the prompt schedule's frames to Helios History Injection, or shorten the prompts."
+            )
 
 
 def check_memory(model_patcher: Any, latents: Tensor) -> None:
@@ -182,11 +197,6 @@ def variant_warning(model: Any, schedule: Schedule) -> str | None:
         f"Wrong schedule: connect Helios-{variant.title()}'s, or the loader's own. This is Helios-"
         f"{schedule.variant.title()}'s, and the model is Helios-{variant.title()}."
     )
-
-
-def frames_asked(latent: dict[str, Any], chunks: int) -> int:
-    """Pixel frames that a LATENT of so many chunks asks for."""
-    return asked_frames(latent) or chunks * CHUNK_FRAMES
 
 
 def sampled(samples: Tensor, frames: int, guider: HeliosGuider) -> dict[str, Any]:

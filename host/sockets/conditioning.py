@@ -1,15 +1,17 @@
-"""What Helios reads and puts on CONDITIONING sockets: checked embeddings, and the start of a video."""
+"""What Helios reads and puts on CONDITIONING sockets: checked embeddings, the start of a video, prompts in a row."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import node_helpers
+import torch
 
-from ...helios_core.video import VideoStart
+from ...helios_core.video import PromptTrack, VideoStart
 from .latent import is_plain
 
 START_KEY = "helios_history"
+TRACK_KEY = "helios_prompts"
 
 
 def check_conditioning(conditioning: Any, socket: str) -> None:
@@ -48,3 +50,30 @@ def set_history(conditioning: list, start: VideoStart) -> list:
 def find_history(conditioning: list) -> VideoStart:
     """The start a conditioning carries; without one, a video begins from nothing."""
     return next((values[START_KEY] for _, values in conditioning if START_KEY in values), VideoStart())
+
+
+def set_track(positive: list, track: PromptTrack) -> list:
+    return node_helpers.conditioning_set_values(positive, {TRACK_KEY: track})
+
+
+def find_track(positive: list) -> PromptTrack | None:
+    """The prompts in a row that a conditioning carries; None for an ordinary one."""
+    return next((values[TRACK_KEY] for _, values in positive if TRACK_KEY in values), None)
+
+
+def is_changed(track: PromptTrack, conditioning: list) -> bool:
+    """Whether a node has changed the embedding that these prompts lie beside in a conditioning, and handed them on.
+
+    A text encoder whose LoRA has keyframes makes several embeddings: the prompts are those of one.
+    """
+    first = track.embeddings[0]
+    beside = (embedding for embedding, values in conditioning if values.get(TRACK_KEY) is track)
+    return not any(first.shape == x.shape and torch.equal(first.to(x), x) for x in beside)
+
+
+def without_changed_tracks(conditioning: list) -> list:
+    """With what nodes have made of embeddings, as ConditioningZeroOut does, for the whole video."""
+    return [
+        [embedding, {k: x for k, x in values.items() if k != TRACK_KEY or not is_changed(x, conditioning)}]
+        for embedding, values in conditioning
+    ]

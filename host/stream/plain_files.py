@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...helios_core.regular_file import put_in_place
 from ..printable import printable_log
 
 log = printable_log(__name__)
@@ -32,6 +34,20 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
             error.errno,
             f"There is no room for {what} in {folder} ({error.strerror}). Free some space and run the graph again.",
         ) from error
+
+
+@contextmanager
+def written_whole(target: Path, part: Path) -> Iterator[None]:
+    """While `part` is written, which then takes the target's name. Nothing stays of one that could not be finished."""
+    try:
+        yield
+        put_in_place(part, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # that of a full disk names none
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def ordinary(path: str, flags: int) -> int:

@@ -10,7 +10,6 @@ import comfy.model_management
 import folder_paths
 from torch import Tensor
 
-from ...helios_core.regular_file import put_in_place
 from ...helios_core.text import MAX_TOKENS
 from ...helios_core.video import Turn
 from ..messages import Notes
@@ -20,6 +19,7 @@ from ..sockets.conditioning import check_conditioning
 from ..sockets.prompt_changes import MOST_CHANGES, MOST_CHARACTERS, Change, SteeredPrompts, still_shown
 from ..sockets.text_encoding import encode_prompt, tokenize
 from .mp4 import prompts_beside
+from .plain_files import written_whole
 from .run_note import first_prompt, prompt_nodes
 from .steering import Steering
 
@@ -115,9 +115,8 @@ class PromptTurns:
         text = prompts.to_json(run.rng.initial_seed())
         try:
             for file in (prompts_beside(video), kept := new_kept_prompts()):
-                part = file.with_suffix(".json.part")
-                part.write_text(text, encoding="utf-8")
-                put_in_place(part, file)
+                with written_whole(file, part := file.with_suffix(".json.part")):
+                    part.write_text(text, encoding="utf-8")
         except OSError as error:  # the video is there all the same
             self.notes.warn(f"The prompts that took over could not be written to {error.filename} ({error.strerror}).")
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -23,9 +22,9 @@ from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.history import HistoryLayout, Memory, Statistics
 from ...helios_core.json_file import parse_json
 from ...helios_core.quoting import known_by_its_name, quoted
-from ...helios_core.regular_file import put_in_place
+from ..progress import check_interrupt
 from ..sockets.prompt_changes import Change
-from .plain_files import disk_errors, in_background, ordinary
+from .plain_files import disk_errors, in_background, ordinary, written_whole
 from .run_folder import claimed, remove_old, run_folder, tidy
 
 CHUNK_FORMAT = "helios chunk 2"
@@ -114,6 +113,7 @@ class SavedRun:
         """
         self.digests, self.changes = [], {}
         for index in range(chunks):
+            check_interrupt()  # an hour of video is 18 GB to read
             if not os.path.lexists(self.path(index)):
                 return index, None
             try:
@@ -149,19 +149,13 @@ class SavedRun:
             change = chunk.change.as_dict() if chunk.change else None
             metadata["steering"] = json.dumps({"change": change, "finished": chunk.finished})
         metadata["digest"] = _digest(tensors, metadata)
-        target = self.path(index)
         part = self.folder / f"{uuid.uuid4().hex}.part"
-        try:
-            with disk_errors(f"chunk {index + 1} of the video", self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-                with open(part, "xb", opener=ordinary) as file:
-                    file.write(save(tensors, metadata))
-                    file.flush()
-                    os.fsync(file.fileno())
-                put_in_place(part, target)
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+        with disk_errors(f"chunk {index + 1} of the video", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+            with written_whole(self.path(index), part), open(part, "xb", opener=ordinary) as file:
+                file.write(save(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
         _sync_folder(self.folder)
         self.digests.append(metadata["digest"])
         if not self.cleaned_up:

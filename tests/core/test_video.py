@@ -214,6 +214,12 @@ def test_a_prompt_that_is_no_longer_than_the_blend_is_refused():
         PromptTrack((prompt(1), prompt(10)), (2, 2), blend=2)
 
 
+def test_prompts_of_two_text_encoders_are_refused():
+    """Before anything is sampled, and not in the chunk where they meet."""
+    with pytest.raises(ValueError, match=r"\(3, 4\) and \(3, 8\) tokens and width.*Connect the same one"):
+        PromptTrack((torch.rand(1, 3, 4), torch.rand(1, 3, 8)), (2, 2), blend=0)
+
+
 SCHEDULED = PromptTrack((prompt(0), prompt(10)), (4, 4), blend=3)  # 0 0 0 0, 0 5 10 10
 
 

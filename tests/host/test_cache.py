@@ -1,6 +1,7 @@
 """What a run computes once: never another result, never another prompt's, and nothing left behind."""
 
 import gc
+import threading
 import uuid
 import weakref
 from dataclasses import replace
@@ -25,7 +26,7 @@ from comfyui_helios.host.model.run_cache import CACHE_KEY, COMPILE_KEY, RunCache
 from comfyui_helios.host.sampling import guider as guider_module
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sampling.whole_video import collect
-from comfyui_helios.host.sockets.prompt_track import set_track
+from comfyui_helios.host.sockets.conditioning import set_track
 from harness import oracle
 from support.runs import QUICK
 
@@ -217,6 +218,28 @@ def test_it_holds_no_more_than_it_may(model):
     assert run_cache.text(network, ids[:1], first) is not one
     both = torch.cat([first, second])
     assert run_cache.text(network, ids, both) is both  # larger than all there is
+
+
+def test_two_cards_may_ask_at_once(model):
+    """The second one comes while the first looks at how much there is: MultiGPU CFG Split has a thread for each."""
+
+    class Held:
+        @property
+        def nbytes(self):
+            if second.ident is None:
+                second.start()
+                second.join(0.2)
+            return 1
+
+    network, prompts, ids = model.model.diffusion_model, oracle.prompts(), [uuid.uuid4(), uuid.uuid4()]
+    run_cache = RunCache(1e9)
+    run_cache.start_chunk(dict(zip(ids, prompts, strict=True)))
+    run_cache.texts["another"] = Held()
+    second = threading.Thread(target=lambda: run_cache.text(network, ids[1:], prompts[1]))
+    run_cache.text(network, ids[:1], prompts[0])
+    run_cache.texts.pop("another")
+    second.join()
+    assert len(run_cache.texts) == 2
 
 
 def test_prompts_are_left_out_where_there_is_no_room(model, monkeypatch, prepared):

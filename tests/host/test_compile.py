@@ -20,7 +20,7 @@ from comfyui_helios.host.model.offload_patcher import is_compiled, offloading
 from comfyui_helios.host.model.run_cache import CACHE_KEY
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sampling.whole_video import collect
-from comfyui_helios.host.sockets.prompt_track import set_track
+from comfyui_helios.host.sockets.conditioning import set_track
 from comfyui_helios.nodes.compile import HeliosCompile
 from harness import oracle
 from harness.errors import difference

@@ -22,7 +22,7 @@ from comfyui_helios.helios_core.schedule import BASE, MID
 from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.model.loading import DTYPES, load_model
 from comfyui_helios.host.progress import SamplingProgress
-from comfyui_helios.host.sockets.prompt_track import set_track
+from comfyui_helios.host.sockets.conditioning import set_track
 from comfyui_helios.host.stream import resuming
 from comfyui_helios.host.stream.mp4 import VideoFile
 from comfyui_helios.host.stream.saved_chunks import SavedRun

@@ -10,14 +10,14 @@ from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.helios_core.video import PromptTrack
 from comfyui_helios.host.model.loading import load_model
-from comfyui_helios.host.sockets.conditioning import START_KEY
+from comfyui_helios.host.sockets.conditioning import START_KEY, TRACK_KEY
 from comfyui_helios.host.sockets.latent import video_state
-from comfyui_helios.host.sockets.prompt_track import TRACK_KEY
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
 from harness import oracle
 from harness.errors import difference
+from nodes import ConditioningAverage, ConditioningZeroOut
 from support.runs import run_node
 from support.videos import SEED, TOLERANCE, Case, below, reference_video
 
@@ -248,11 +248,43 @@ def test_each_chunk_gets_its_prompt(model):
     assert difference(going_on["samples"], mixed[:, :, 9:18]) < 1e-6  # a track counts from its own beginning
 
 
+def test_prompts_in_a_row_that_were_zeroed_are_no_negative_prompt(model):
+    """ConditioningZeroOut hands on what is beside an embedding: the negative was the positive, and guided nothing."""
+    one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
+    track = {TRACK_KEY: PromptTrack((one, two), (1, 1), blend=0)}
+    [zeroed] = ConditioningZeroOut().zero_out([[one, track]])
+    positive, _, latent = inputs(66, positive=[[one, track]])
+    guided = [
+        run_node(HeliosChunkedSampler, model, positive, negative, latent, replace(BASE, steps=(2,)), SEED)[0]["samples"]
+        for negative in (zeroed, [[torch.zeros_like(one), {}]])
+    ]
+    assert torch.equal(*guided)
+
+
+def test_prompts_in_a_row_that_a_node_has_changed_are_refused(model):
+    """Not made as if that node were not there."""
+    one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
+    row = [[one, {TRACK_KEY: PromptTrack((one, two), (1, 1), blend=0)}]]
+    [mixed] = ConditioningAverage().addWeighted(row, [[two, {}]], 0.5)
+    with pytest.raises(ValueError, match="changes the embedding that comes from Helios Prompt Schedule"):
+        sample(model, AMPLIFIED, 66, positive=mixed)
+
+
+def test_prompts_in_a_row_may_be_those_of_one_embedding_of_several(model):
+    """As a text encoder makes them whose LoRA has keyframes: each is for a part of the steps."""
+    one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
+    track = PromptTrack((one, one), (1, 1), blend=0)
+    halves = [{"start_percent": 0.0, "end_percent": 0.5}, {"start_percent": 0.5, "end_percent": 1.0}]
+    row = [[prompt, {TRACK_KEY: track, **half}] for prompt, half in zip((one, two), halves, strict=True)]
+    made, expected = (sample(model, AMPLIFIED, 66, positive=x)["samples"] for x in (row, [[one, {}]]))
+    assert difference(made, expected) < 1e-4
+
+
 def test_more_prompt_chunks_than_video_chunks_are_refused(model):
     one = oracle.prompts()[0]
-    track = PromptTrack((one, one), (4, 4), blend=3)
+    combined = [[one, {TRACK_KEY: PromptTrack((one, one), chunks, blend=0)}] for chunks in ((1, 1), (4, 4))]
     with pytest.raises(ValueError, match=r"prompts last 8 chunks, but the video has 2 \(66 frames\)"):
-        sample(model, AMPLIFIED, 66, positive=[[one, {TRACK_KEY: track}]])
+        sample(model, AMPLIFIED, 66, positive=combined)
 
 
 IMAGE, VIDEO = torch.rand(1, *SIZE, 3), torch.rand(33, *SIZE, 3)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from comfyui_helios.host.files.text_encoder import load_text_encoder
+from comfyui_helios.host.sockets.conditioning import find_track
 from comfyui_helios.host.sockets.prompt_changes import Change, SteeredPrompts, still_shown
-from comfyui_helios.host.sockets.prompt_track import find_track
 from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.prompts import HeliosPromptSchedule
 from harness.tiny import make_official_folder

@@ -15,7 +15,7 @@ from comfy.sampler_helpers import convert_cond
 from comfyui_helios.host.files import prompt_file as prompts_file
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.guard import guarded
-from comfyui_helios.host.sockets.prompt_track import find_track
+from comfyui_helios.host.sockets.conditioning import find_track
 from comfyui_helios.host.sockets.text_encoding import encode_prompt
 from comfyui_helios.nodes.prompts import NODES, HeliosPromptFromFile, HeliosPromptSchedule
 from harness.tiny import make_official_folder

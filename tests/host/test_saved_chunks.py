@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
@@ -43,6 +44,14 @@ def test_memory_comes_back_as_it_was():
     restored.set_state(loaded.rng_state)
     assert restored.initial_seed() == 5
     assert torch.equal(torch.randn(3, generator=restored), torch.randn(3, generator=rng))
+
+
+def test_cancel_is_noticed_while_saved_chunks_are_counted():
+    """An hour of video has 18 GB of them."""
+    save_run()
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        count()
 
 
 def with_memory(chunk, **values):

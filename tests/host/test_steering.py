@@ -1,5 +1,6 @@
 """A video that is steered while it is made: by the same prompts at the same chunks it is made again, exactly."""
 
+import errno
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ from comfyui_helios.host.model.offload_patcher import Offloading
 from comfyui_helios.host.sampling.guider import HeliosGuider
 from comfyui_helios.host.sockets.latent import to_vae_space
 from comfyui_helios.host.sockets.prompt_changes import Change, SteeredPrompts
-from comfyui_helios.host.stream import live_sessions, prompt_turns, run_folder, video_writer
+from comfyui_helios.host.stream import live_sessions, plain_files, prompt_turns, run_folder, video_writer
 from comfyui_helios.host.stream.live_sessions import sessions
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.prompts import HeliosPromptSchedule
@@ -297,12 +298,23 @@ def test_what_is_written_has_its_name_once_it_is_whole_and_is_said_to_be_too_muc
             seen.append((part.name, target.exists(), SteeredPrompts.from_json(part.read_text("utf-8")).changes))
         put_in_place(part, target)
 
-    seen, put_in_place = [], prompt_turns.put_in_place
-    monkeypatch.setattr(prompt_turns, "put_in_place", look)
+    seen, put_in_place = [], plain_files.put_in_place
+    monkeypatch.setattr(plain_files, "put_in_place", look)
     monkeypatch.setattr(prompt_turns, "MOST_CHANGES", 1)
     video, *_ = stream(model, clip, Pages(ASKED))
     assert seen == [(part, False, APPLIED) for part in (f"{video.stem}.json.part", "steered_00001_.json.part")]
     assert "`steered` does not take so many: 2 prompts of at most 1" in shown[-1][0]
+
+
+def test_prompts_that_a_full_disk_does_not_take_are_not_kept_in_part(model, clip, shown, monkeypatch):
+    def write_half(path, text, **kwargs):
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")  # as the system's, without a name
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    video, *_ = stream(model, clip, Pages({1: [Change(SECOND, 0)]}), start=beginning(clip))
+    assert f"could not be written to {video.with_suffix('.json')} (No space left on device)" in shown[-1][0]
+    assert [name for name in temporary_files() if ".json" in name] == []
 
 
 def test_a_prompt_that_no_chunk_comes_after_is_said_to_be_lost(model, clip, shown):
