@@ -187,7 +187,7 @@ class HeliosHistoryInjection(io.ComfyNode):
         size = [height // SPATIAL_SCALE, width // SPATIAL_SCALE]
         if start_image is not None:
             images = prepare_images(start_image, width, height, fit)
-            if len(images) > 1 == batch_size:
+            if batch_size == 1 < len(images):
                 notes.inform(
                     f"start_image holds {len(images)} images: each begins a video of its own, all made at once. The "
                     "frames of one video belong on `video`."

@@ -9,19 +9,14 @@ from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
 from ...helios_core.generate import Run
+from ...helios_core.history import Memory
 from ...helios_core.schedule import Schedule
-from ...helios_core.video import VideoStart, VideoState
+from ...helios_core.video import EncodedPast, VideoStart, VideoState
 from ..compat import noise_scale
 from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
-from ..sockets.conditioning import (
-    TRACK_KEY,
-    check_conditioning,
-    find_history,
-    is_changed,
-    without_changed_tracks,
-)
+from ..sockets.conditioning import TRACK_KEY, check_conditioning, find_history, is_changed, without_changed_tracks
 from ..sockets.latent import STATE_KEY, check_latent, is_empty
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
@@ -180,12 +175,23 @@ def source_warning(positive: list, latent: dict[str, Any]) -> str | None:
     node that says so; None where the two belong together."""
     state = latent.get(STATE_KEY)
     source = state.source if isinstance(state, VideoState) else None
-    if source is None or source is find_history(positive).source:
+    if source is None or _begins_alike(source, find_history(positive).source):
         return None
     return (
         "What the video was to begin from is not used: `latent` comes from the Helios History Injection that has it "
         "(start_image, video or previous), and `positive` does not. Connect that node's positive and negative too."
     )
+
+
+def _begins_alike(source: EncodedPast | Memory, other: EncodedPast | Memory | None) -> bool:
+    """Whether both begin from pictures, or both go on from the same frame.
+
+    Compared by value: nodes copy conditioning. A picture that the prompts bring themselves counts, whichever it is: the
+    LATENT of another then gives the size, as where one picture begins two videos.
+    """
+    if isinstance(source, Memory) and isinstance(other, Memory):
+        return torch.equal(source.latents[:, :, -1], other.latents[:, :, -1])
+    return type(source) is type(other)
 
 
 def variant_warning(model: Any, schedule: Schedule) -> str | None:

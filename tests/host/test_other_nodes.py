@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import unittest.mock
@@ -26,6 +27,7 @@ from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
 from comfyui_helios.host import messages
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.network import HeliosNetwork
+from comfyui_helios.host.sampling.inputs import source_warning
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
@@ -255,6 +257,30 @@ def test_a_start_image_that_the_sampler_is_not_given_is_told(model, parts, shown
     assert shown == []
     run_node(HeliosChunkedSampler, model, *past, empty, QUICK, 3, unique_id="1")
     assert "What the video was to begin from is not used" in shown[0][0]
+
+
+def test_prompts_that_bring_their_own_start_are_not_told_of_that_of_the_latent(model, parts):
+    """As where two prompts share the size of one LATENT, or a node has copied a conditioning with all that is in it."""
+    picture = {"vae": parts.vae, "start_image": torch.rand(1, 64, 64, 3)}
+    going_on = {"previous": sample(model, QUICK), "history_long": 40}
+    for start in (picture, going_on):
+        positive, _, latent = inputs(**start)
+        again, *_ = inputs(**start)
+        [combined] = nodes.ConditioningCombine().combine(conditioning(oracle.prompts()[0]), positive)
+        given = (positive, again, copy.deepcopy(positive), combined)
+        assert [source_warning(each, latent) for each in given] == [None] * len(given)
+        assert source_warning(positive, nodes.RepeatLatentBatch().repeat(latent, 2)[0]) is None
+
+
+def test_prompts_of_another_link_of_a_chain_are_told(model, parts):
+    """As where a group of nodes was copied, and its sampler kept the prompts of the first."""
+    first = sample(model, QUICK)
+    positive, negative, latent = inputs(frames=33, previous=first)
+    [second] = run_node(HeliosChunkedSampler, model, positive, negative, latent, QUICK, 3)
+    *_, third = inputs(frames=33, previous=second)
+    pictured, *_ = inputs(vae=parts.vae, start_image=torch.rand(1, 64, 64, 3))
+    for wrong in (positive, pictured):
+        assert "What the video was to begin from is not used" in source_warning(wrong, third)
 
 
 def test_a_noise_mask_is_refused(model):
