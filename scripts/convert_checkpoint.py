@@ -252,7 +252,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=QUANTISERS,
         help="hold the blocks' matrices in this, and all else in --dtype; what that did to each goes into a report "
         "beside the target. fp8_scaled: float8_e4m3fn with a scale each, for every ComfyUI. For ComfyUI from 0.33 on, "
-        "whose Python it needs: int8, as large and closer to the original; w4a8 and nvfp4, about half as large",
+        "whose Python it needs: int8, as large and closer to the original; w4a8 and nvfp4, a third smaller",
     )
     parser.add_argument(
         "--keep",

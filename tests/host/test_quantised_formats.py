@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.quant_ops
+import folder_paths
 import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
+from comfy_extras.nodes_model_merging import ModelSave
 from safetensors.torch import save_file
 
 from comfyui_helios.helios_core.checkpoint import published_name
+from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.helios_core.quantised import FORMATS
 from comfyui_helios.helios_core.regular_file import CheckpointError
 from comfyui_helios.host.compat import quantised_formats
@@ -22,6 +25,8 @@ from comfyui_helios.host.model.lora import add_lora
 from comfyui_helios.host.model.offload_patcher import Offloading
 from comfyui_helios.host.model.quantised import NOT_TRACED, SINCE
 from harness.errors import difference
+from harness.tiny import TEXT_DIM
+from support.checkpoints import make_weights
 from support.core_videos import network
 from support.loras import IN_BLOCKS, LAYOUTS, in_layout, matrices
 from support.quantised import block_layers, mark, write_scaled
@@ -148,3 +153,18 @@ def test_compiled_blocks_give_the_same_latents_or_are_left_as_they_are(tmp_path,
     assert said == (told if name in NOT_TRACED else [])
     assert (compiled is model) == (name in NOT_TRACED)
     assert difference(sample(compiled, QUICK)["samples"], sample(model, QUICK)["samples"]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", known_here(True))
+def test_what_save_model_writes_loads_as_the_same_model(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(folder_paths, "get_save_image_path", lambda *_: (str(tmp_path), "saved", 0, "", ""))
+    # By its shapes, which tell a head of 128 alone: the host's metadata says nothing of the model.
+    config = TransformerConfig(num_attention_heads=1, text_dim=TEXT_DIM, freq_dim=32, ffn_dim=64, num_layers=1)
+    weights = make_weights(config)
+    made, _ = packed(weights, block_layers(weights), name)
+    file = write_scaled(tmp_path / "a.safetensors", made, [], config=config, kind="marks")
+    model = load_model(str(file), "fp32")
+    ModelSave().save(model, "saved")
+    again = load_model(str(*tmp_path.glob("saved*")), "fp32")
+    assert len([x for x in again.model.parameters() if isinstance(x, QuantizedTensor)]) == len(block_layers(weights))
+    assert difference(sample(again, QUICK)["samples"], sample(model, QUICK)["samples"]) <= 1e-5
