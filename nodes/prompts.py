@@ -128,11 +128,13 @@ class HeliosPromptSchedule(io.ComfyNode):
                 for after, change in script.changes.items()
             )
         embeddings = earlier.embeddings + tuple(entries[0][0] for entries in encoded)
+        # A text encoder whose LoRA has keyframes makes several embeddings of a prompt: its first is for all steps.
+        positive = before or [[embeddings[0], values] for _, values in encoded[0]]
         turns = tuple(sorted((*earlier.turns, *turns), key=lambda turn: turn.chunk))
         summary = _summary(chunks, turns)
         notes.inform(summary)
         return io.NodeOutput(
-            set_track(before or encoded[0], PromptTrack(embeddings, chunks, blend, turns)),
+            set_track(positive, PromptTrack(embeddings, chunks, blend, turns)),
             unwanted,
             sum(chunks) * CHUNK_FRAMES,
             summary,

@@ -127,8 +127,8 @@ def check_prompt(node: str, conditioning: list, socket: str, width: int) -> None
 
 def check_tracks(node: str, positive: list, chunks: int) -> None:
     """Raise ValueError for prompts in a row that a node has changed, or that outlast a video of so many chunks."""
-    for track in (values[TRACK_KEY] for _, values in positive if TRACK_KEY in values):
-        if is_changed(track, positive):
+    for embedding, track in ((embedding, values[TRACK_KEY]) for embedding, values in positive if TRACK_KEY in values):
+        if is_changed(track, embedding):
             raise ValueError(
                 f"A node before {node} changes the embedding that comes from Helios Prompt Schedule "
                 "(ConditioningAverage, for one), and the prompts there would take the place of what it makes. Take it "

@@ -6,6 +6,7 @@ from typing import Any
 
 import node_helpers
 import torch
+from torch import Tensor
 
 from ...helios_core.video import PromptTrack, VideoStart
 from .latent import is_plain
@@ -61,19 +62,15 @@ def find_track(positive: list) -> PromptTrack | None:
     return next((values[TRACK_KEY] for _, values in positive if TRACK_KEY in values), None)
 
 
-def is_changed(track: PromptTrack, conditioning: list) -> bool:
-    """Whether a node has changed the embedding that these prompts lie beside in a conditioning, and handed them on.
-
-    A text encoder whose LoRA has keyframes makes several embeddings: the prompts are those of one.
-    """
+def is_changed(track: PromptTrack, embedding: Tensor) -> bool:
+    """Whether a node has changed the embedding that these prompts lie beside, and handed them on."""
     first = track.embeddings[0]
-    beside = (embedding for embedding, values in conditioning if values.get(TRACK_KEY) is track)
-    return not any(first.shape == x.shape and torch.equal(first.to(x), x) for x in beside)
+    return first.shape != embedding.shape or not torch.equal(first.to(embedding), embedding)
 
 
 def without_changed_tracks(conditioning: list) -> list:
     """With what nodes have made of embeddings, as ConditioningZeroOut does, for the whole video."""
     return [
-        [embedding, {k: x for k, x in values.items() if k != TRACK_KEY or not is_changed(x, conditioning)}]
+        [embedding, {k: x for k, x in values.items() if k != TRACK_KEY or not is_changed(x, embedding)}]
         for embedding, values in conditioning
     ]

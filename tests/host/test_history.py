@@ -17,7 +17,7 @@ from comfyui_helios.nodes.sample import HeliosChunkedSampler
 from comfyui_helios.nodes.schedule import HeliosAntiDrift
 from harness import oracle
 from harness.errors import difference
-from nodes import ConditioningAverage, ConditioningZeroOut
+from nodes import ConditioningAverage, ConditioningCombine, ConditioningZeroOut
 from support.runs import run_node
 from support.videos import SEED, TOLERANCE, Case, below, reference_video
 
@@ -266,18 +266,10 @@ def test_prompts_in_a_row_that_a_node_has_changed_are_refused(model):
     one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
     row = [[one, {TRACK_KEY: PromptTrack((one, two), (1, 1), blend=0)}]]
     [mixed] = ConditioningAverage().addWeighted(row, [[two, {}]], 0.5)
-    with pytest.raises(ValueError, match="changes the embedding that comes from Helios Prompt Schedule"):
-        sample(model, AMPLIFIED, 66, positive=mixed)
-
-
-def test_prompts_in_a_row_may_be_those_of_one_embedding_of_several(model):
-    """As a text encoder makes them whose LoRA has keyframes: each is for a part of the steps."""
-    one, two = oracle.prompts()[0], oracle.prompts(seed=7)[0]
-    track = PromptTrack((one, one), (1, 1), blend=0)
-    halves = [{"start_percent": 0.0, "end_percent": 0.5}, {"start_percent": 0.5, "end_percent": 1.0}]
-    row = [[prompt, {TRACK_KEY: track, **half}] for prompt, half in zip((one, two), halves, strict=True)]
-    made, expected = (sample(model, AMPLIFIED, 66, positive=x)["samples"] for x in (row, [[one, {}]]))
-    assert difference(made, expected) < 1e-4
+    [beside] = ConditioningCombine().combine(row, mixed)
+    for changed in (mixed, beside):
+        with pytest.raises(ValueError, match="changes the embedding that comes from Helios Prompt Schedule"):
+            sample(model, AMPLIFIED, 66, positive=changed)
 
 
 def test_more_prompt_chunks_than_video_chunks_are_refused(model):

@@ -17,6 +17,7 @@ from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.guard import guarded
 from comfyui_helios.host.sockets.conditioning import find_track
 from comfyui_helios.host.sockets.text_encoding import encode_prompt
+from comfyui_helios.nodes import prompts as prompt_nodes
 from comfyui_helios.nodes.prompts import NODES, HeliosPromptFromFile, HeliosPromptSchedule
 from harness.tiny import make_official_folder
 
@@ -77,6 +78,21 @@ def test_other_samplers_see_the_first_prompt_alone(clip):
     assert torch.equal(embedding, expected)
     assert extras.keys() - {"helios_prompts"} == expected_extras.keys()
     assert torch.equal(convert_cond([[embedding, extras]])[0]["cross_attn"], expected)
+
+
+def test_of_a_text_encoder_that_makes_several_embeddings_the_first_is_for_all_steps(clip, monkeypatch):
+    """As one does whose LoRA has keyframes: the sampler takes what lies beside prompts in a row for unchanged."""
+
+    def twice(*args, **more):
+        [[embedding, values]] = encode_prompt(*args, **more)
+        halves = [{"clip_start_percent": start, "clip_end_percent": start + 0.5} for start in (0.0, 0.5)]
+        return [[times * embedding, values | half] for times, half in zip((1, 2), halves, strict=True)]
+
+    monkeypatch.setattr(prompt_nodes, "encode_prompt", twice)
+    positive = run(clip, ("a red fox", 2.0), ("a blue lake", 2.0))[0]
+    expected = encode_prompt(clip, "a red fox")[0][0]
+    assert [torch.equal(embedding, expected) for embedding, _ in positive] == [True, True]
+    assert [values["clip_start_percent"] for _, values in positive] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
