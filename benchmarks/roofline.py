@@ -161,12 +161,12 @@ memory's, whichever is longer, and nothing else takes time. *Expected* is the fl
 reached: {shares}. Other cards reach other shares, in
 decoding most of all, and older ones may have no attention kernel as good: take it for the order of magnitude.
 
-Where a file's blocks ({bf16:.0f} GB in bf16, {fp8:.0f} in fp8_scaled and int8, {w4a8:.0f} in w4a8) do not fit beside
-the rest they are offloaded to the host's memory, and a step takes at least as long as they travel, at {bus:.0%} of the
-bus (assumed). Those of fp8_scaled are decoded to bf16 in each forward; multiplying in fp8, as newer ComfyUI does on RTX 40,
-RTX 50 and H100, is not computed. int8 and w4a8 are multiplied at the rate of int8 (TOP/s), after what comes in was
-rotated and rounded; that ComfyUI's kernels for it reach the share of their rate that bf16 reached of its own is a
-guess. A cell has the floor, then what is expected.
+Where a file's blocks ({bf16:.0f} GB in bf16, {fp8:.0f} in fp8_scaled and int8, {w4a8:.0f} in w4a8) do not fit
+beside the rest they are offloaded to the host's memory, and a step takes at least as long as they travel, at
+{bus:.0%} of the bus (assumed). Those of fp8_scaled are decoded to bf16 in each forward; multiplying in fp8, as
+newer ComfyUI does on RTX 40, RTX 50 and H100, is not computed. int8 and w4a8 are multiplied at the rate of int8
+(TOP/s), after what comes in was rotated and rounded; that ComfyUI's kernels for it reach the share of their
+rate that bf16 reached of its own is a guess. A cell has the floor, then what is expected.
 
 {expected}
 
