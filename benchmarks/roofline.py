@@ -1,32 +1,44 @@
 """How long the 14B model has to take on a card, from shapes alone: `python benchmarks/roofline.py`.
 
-Every operation of a forward, of a chunk and of decoding it has its FLOPs and the bytes that it has to move. Its floor
-is the larger of both over what the card's data sheet says. What is to be expected is the floor over the share of it
-that one H200 reached with operations of that kind (docs/benchmarks/h200.md). With --write the tables go to
-docs/benchmarks/expected.md.
+Every operation has its FLOPs and the bytes that it has to move (operations.py). Its floor is the larger of both over
+what the card's data sheet says. What is to be expected is the floor over the share of it that one H200 reached with
+operations of that kind (docs/benchmarks/h200.md). With --write the tables go to docs/benchmarks/expected.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 
 import paths  # noqa: F401
-from card import TERA, TEXT_LENGTH
+from card import TERA
 from fits import KEPT
 from measure import ROOT
+from operations import (
+    ATTENTION,
+    BETWEEN,
+    BYTES,
+    CONVOLUTIONS,
+    PRODUCTS,
+    STAGES,
+    Operation,
+    chunk,
+    count_flops,
+    decoding,
+    embedded_history,
+    forward,
+    in_int8,
+    prompt,
+    step,
+)
 
-from helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, LATENT_CHANNELS, PATCH, TransformerConfig
+from helios_core.config import CHUNK_FRAMES, TransformerConfig
 
 FILE = ROOT / "docs" / "benchmarks" / "expected.md"
 GIGA = 1e9
-BYTES = 2  # of a bf16 value
 NATIVE = (48, 80)  # latents of 384x640
-STAGES = 3
-PRODUCTS, ATTENTION, BETWEEN, CONVOLUTIONS = "products", "attention", "between", "convolutions"
 NAMES = {
     PRODUCTS: "matrix products",
     ATTENTION: "attention",
@@ -36,183 +48,31 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Operation:
-    """What one kernel does; BETWEEN is what lies between products and attention, by the fused kernels.
-
-    The shape of a product is its rows, inputs and outputs, that of attention its queries, keys, heads and their size.
-    """
-
-    kind: str
-    flops: int
-    bytes: int
-    shape: tuple[int, ...] = ()
-
-
-def product(rows: int, inputs: int, outputs: int) -> Operation:
-    moved = BYTES * (rows * inputs + inputs * outputs + rows * outputs)
-    return Operation(PRODUCTS, 2 * rows * inputs * outputs, moved, (rows, inputs, outputs))
-
-
-def attention(queries: int, keys: int, heads: int, size: int) -> Operation:
-    moved = BYTES * 2 * (queries + keys) * heads * size
-    return Operation(ATTENTION, 4 * queries * keys * heads * size, moved, (queries, keys, heads, size))
-
-
-def passes(values: int) -> Operation:
-    """Something that reads and writes this many values in all."""
-    return Operation(BETWEEN, 0, BYTES * values)
-
-
-def history_tokens(size: tuple[int, int]) -> tuple[int, int, int]:
-    """Tokens of the long, mid and short history at this size in latents; each is padded to whole patches."""
-    frames_and_patches = ((4, 4 * PATCH), (1, 2 * PATCH), (2, PATCH))  # frames of tokens, latents a token is wide
-    long, mid, short = (
-        frames * math.prod(math.ceil(side / patch) for side in size) for frames, patch in frames_and_patches
-    )
-    return long, mid, short
-
-
-def noisy_tokens(size: tuple[int, int], stage: int) -> int:
-    return CHUNK_LATENTS * math.prod(side // 2 ** (STAGES - 1 - stage) // PATCH for side in size)
-
-
-def time_embedding(config: TransformerConfig) -> Iterator[Operation]:
-    width = config.inner_dim
-    yield product(1, config.freq_dim, width)
-    yield product(1, width, width)
-    yield product(1, width, 6 * width)
-
-
-def embedded_history(config: TransformerConfig, size: tuple[int, int]) -> Iterator[Operation]:
-    """Once a chunk."""
-    for tokens, pool in zip(history_tokens(size), (4, 2, 1), strict=True):
-        yield product(tokens, LATENT_CHANNELS * PATCH**2 * pool**3, config.inner_dim)
-    yield from time_embedding(config)
-
-
-def prompt(config: TransformerConfig) -> Iterator[Operation]:
-    """Once a run: its projection, and keys and values for every block."""
-    width = config.inner_dim
-    yield product(TEXT_LENGTH, config.text_dim, width)
-    yield product(TEXT_LENGTH, width, width)
-    for _ in range(2 * config.num_layers):
-        yield product(TEXT_LENGTH, width, width)
-
-
-def step(
-    config: TransformerConfig, size: tuple[int, int], stage: int, whole_last_block: bool = False
-) -> Iterator[Operation]:
-    """One call of the network with prompt and history prepared.
-
-    diffusers computes the whole last block; ours, of which nothing reads the history any more, only its noisy tokens.
-    """
-    width, heads, hidden = config.inner_dim, config.num_attention_heads, config.ffn_dim
-    noisy = noisy_tokens(size, stage)
-    tokens = sum(history_tokens(size)) + noisy
-    yield product(noisy, LATENT_CHANNELS * PATCH**2, width)
-    yield from time_embedding(config)
-    for block in range(config.num_layers):
-        rows = noisy if block == config.num_layers - 1 and not whole_last_block else tokens
-        yield passes(2 * tokens * width)  # modulated norm
-        yield product(rows, width, width)
-        yield from (product(tokens, width, width) for _ in range(2))
-        yield passes(2 * (rows + tokens) * width)  # RMSNorm and rope of queries and keys
-        yield attention(rows, tokens, heads, config.attention_head_dim)
-        yield product(rows, width, width)
-        yield passes((3 * rows + noisy) * width)  # gated residual, and the cross-attention's norm
-        yield product(noisy, width, width)
-        yield passes(2 * noisy * width)  # RMSNorm of its queries
-        yield attention(noisy, TEXT_LENGTH, heads, config.attention_head_dim)
-        yield product(noisy, width, width)
-        yield passes(2 * (rows + noisy) * width)  # residual and modulated norm
-        yield product(rows, width, hidden)
-        yield passes(2 * rows * hidden)  # GELU
-        yield product(rows, hidden, width)
-        yield passes(3 * rows * width)  # gated residual
-    yield passes(2 * noisy * width)
-    yield product(noisy, width, LATENT_CHANNELS * PATCH**2)
-
-
-def forward(
-    config: TransformerConfig, size: tuple[int, int], stage: int, whole_last_block: bool = False
-) -> Iterator[Operation]:
-    """One call of the network without anything prepared."""
-    yield from prompt(config)
-    yield from embedded_history(config, size)
-    yield from step(config, size, stage, whole_last_block)
-
-
-def chunk(config: TransformerConfig, size: tuple[int, int], steps: Iterable[int]) -> Iterator[Operation]:
-    """A chunk of a video whose prompt is prepared: steps in each stage."""
-    yield from embedded_history(config, size)
-    for stage, count in enumerate(steps):
-        for _ in range(count):
-            yield from step(config, size, stage)
-
-
-def decoding(size: tuple[int, int], dim: int = 96) -> Iterator[Operation]:
-    """A chunk by the Wan 2.1 VAE's decoder; frames double where it upsamples in time, but for the first."""
-    area, frames = math.prod(size), CHUNK_LATENTS
-
-    def convolution(inputs: int, outputs: int, kernel: int, count: int | None = None) -> Operation:
-        positions = area * (frames if count is None else count)
-        moved = BYTES * (positions * (inputs + outputs) + inputs * outputs * kernel)
-        return Operation(CONVOLUTIONS, 2 * positions * inputs * outputs * kernel, moved)
-
-    def residual(inputs: int, outputs: int) -> Iterator[Operation]:
-        yield convolution(inputs, outputs, 27)
-        yield convolution(outputs, outputs, 27)
-        if inputs != outputs:
-            yield convolution(inputs, outputs, 1)
-
-    widths = [4 * dim, 4 * dim, 4 * dim, 2 * dim, dim]
-    yield convolution(LATENT_CHANNELS, LATENT_CHANNELS, 1)
-    yield convolution(LATENT_CHANNELS, widths[0], 27)
-    yield from residual(widths[0], widths[0])
-    yield convolution(widths[0], 3 * widths[0], 1)
-    yield from (attention(area, area, 1, widths[0]) for _ in range(frames))
-    yield convolution(widths[0], widths[0], 1)
-    yield from residual(widths[0], widths[0])
-    for level, (before, width) in enumerate(pairwise(widths)):
-        yield from residual(before if level == 0 else before // 2, width)
-        yield from residual(width, width)
-        yield from residual(width, width)
-        if level == 3:
-            break
-        if level < 2:  # in time as well
-            yield convolution(width, 2 * width, 3, frames - 1)
-            frames = 2 * frames - 1
-        area *= 4
-        yield convolution(width, width // 2, 9)
-    yield convolution(widths[-1], 3, 27)
-
-
-def count_flops(operations: Iterable[Operation]) -> int:
-    return sum(operation.flops for operation in operations)
-
-
-@dataclass(frozen=True)
 class Weights:
-    """A file of the network, by how many of its blocks have a byte for each value instead of two."""
+    """A file of the network: how many of its blocks are quantised, and how."""
 
     name: str
     quantised: int = 0
+    value: float = 1  # bytes, with its share of the scales
+    in_int8: bool = False  # multiplied so
 
-    def block_bytes(self, config: TransformerConfig) -> int:
+    def block_bytes(self, config: TransformerConfig) -> float:
         """What travels for each forward where the blocks are offloaded."""
-        return block_values(config) * (BYTES * config.num_layers - self.quantised)
+        return block_values(config) * (BYTES * config.num_layers - (BYTES - self.value) * self.quantised)
 
     def decoded(self, config: TransformerConfig) -> Operation:
-        """Before a forward multiplies: to bf16, then times the scale."""
-        return Operation(BETWEEN, 0, self.quantised * block_values(config) * (1 + 3 * BYTES))
+        """Before a forward multiplies: to bf16, then times the scale; or of less than a byte to int8."""
+        moved = self.value + 3 * BYTES if not self.in_int8 else self.value + 1 if self.value < 1 else 0
+        return Operation(BETWEEN, 0, self.quantised * block_values(config) * moved)
 
 
 @dataclass(frozen=True)
 class Card:
-    """By the maker's data sheet: dense bf16 with float32 sums, memory, and the bus to the host one way."""
+    """By the maker's data sheet: dense bf16 with float32 sums, int8, memory, and the bus to the host one way."""
 
     name: str
     matrix: float  # TFLOP/s
+    int8: float  # TOP/s
     bandwidth: float  # TB/s
     bus: float  # GB/s
     memory: float  # GB
@@ -221,7 +81,8 @@ class Card:
         """By kind of operation: the floor, or where reach has a kind's share of the floor's rate, what that makes."""
         times = dict.fromkeys(NAMES, 0.0)
         for each in operations:
-            times[each.kind] += max(each.flops / (self.matrix * TERA), each.bytes / (self.bandwidth * TERA))
+            rate = self.int8 if each.int8 else self.matrix
+            times[each.kind] += max(each.flops / (rate * TERA), each.bytes / (self.bandwidth * TERA))
         return {kind: took / (reach or {}).get(kind, 1.0) for kind, took in times.items()}
 
     def offloads(self, weights: Weights) -> bool:
@@ -231,18 +92,20 @@ class Card:
 
 CONFIG = TransformerConfig()
 BF16, FP8_SCALED = Weights("bf16"), Weights("fp8_scaled", CONFIG.num_layers - 2 * KEPT)
+INT8 = Weights("int8", FP8_SCALED.quantised, in_int8=True)
+W4A8 = Weights("w4a8", FP8_SCALED.quantised, value=1 / 2 + 1 / 16, in_int8=True)
 BESIDE = 4.0  # GB on the card beside the blocks
 BUS_REACH = 0.8  # of the data sheet by pinned copies; assumed
 CARDS = (
-    Card("H200", 989, 4.8, 63, 141),
-    Card("H100 SXM", 989, 3.35, 63, 80),
-    Card("A100 80 GB SXM", 312, 2.04, 31.5, 80),
-    Card("RTX 5090", 209, 1.79, 63, 32),
-    Card("RTX 4090", 165, 1.01, 31.5, 24),
-    Card("RTX 3090", 71, 0.94, 31.5, 24),
-    Card("RTX 4080", 97, 0.72, 31.5, 16),
-    Card("RTX 4060 Ti 16 GB", 44, 0.29, 15.8, 16),
-    Card("RTX 3060 12 GB", 25, 0.36, 31.5, 12),
+    Card("H200", 989, 1979, 4.8, 63, 141),
+    Card("H100 SXM", 989, 1979, 3.35, 63, 80),
+    Card("A100 80 GB SXM", 312, 624, 2.04, 31.5, 80),
+    Card("RTX 5090", 209, 838, 1.79, 63, 32),
+    Card("RTX 4090", 165, 661, 1.01, 31.5, 24),
+    Card("RTX 3090", 71, 284, 0.94, 31.5, 24),
+    Card("RTX 4080", 97, 390, 0.72, 31.5, 16),
+    Card("RTX 4060 Ti 16 GB", 44, 177, 0.29, 15.8, 16),
+    Card("RTX 3060 12 GB", 25, 102, 0.36, 31.5, 12),
 )
 # Seconds on one H200, with fused kernels: of stage 2's forward in the profile, and of decoding.
 MEASURED = {PRODUCTS: 0.3544, ATTENTION: 0.1990, BETWEEN: 0.0370, CONVOLUTIONS: 0.4226}
@@ -273,7 +136,10 @@ def chunk_seconds(
     before = [weights.decoded(CONFIG), *(prompt(CONFIG) if offloads else ())]
     took = sum(card.seconds(embedded_history(CONFIG, NATIVE), reach).values())
     for stage, count in enumerate(steps):
-        computed = sum(card.seconds(chain(before, step(CONFIG, NATIVE, stage)), reach).values())
+        operations = step(CONFIG, NATIVE, stage)
+        if weights.in_int8:
+            operations = in_int8(operations, weights.quantised / CONFIG.num_layers, weights.value)
+        computed = sum(card.seconds(chain(before, operations), reach).values())
         took += count * max(computed, travel)
     return took
 
@@ -295,10 +161,12 @@ memory's, whichever is longer, and nothing else takes time. *Expected* is the fl
 reached: {shares}. Other cards reach other shares, in
 decoding most of all, and older ones may have no attention kernel as good: take it for the order of magnitude.
 
-Where a file's blocks ({bf16:.0f} GB in bf16, {fp8:.0f} in fp8_scaled) do not fit beside the rest they are offloaded to
-the host's memory, and a step takes at least as long as they travel, at {bus:.0%} of the bus (assumed). Those of
-fp8_scaled are decoded to bf16 in each forward; multiplying in fp8, as newer ComfyUI does on RTX 40, RTX 50 and H100, is
-not computed. A cell has the floor, then what is expected.
+Where a file's blocks ({bf16:.0f} GB in bf16, {fp8:.0f} in fp8_scaled and int8, {w4a8:.0f} in w4a8) do not fit
+beside the rest they are offloaded to the host's memory, and a step takes at least as long as they travel, at
+{bus:.0%} of the bus (assumed). Those of fp8_scaled are decoded to bf16 in each forward; multiplying in fp8, as
+newer ComfyUI does on RTX 40, RTX 50 and H100, is not computed. int8 and w4a8 are multiplied at the rate of int8
+(TOP/s), after what comes in was rotated and rounded; that ComfyUI's kernels for it reach the share of their
+rate that bf16 reached of its own is a guess. A cell has the floor, then what is expected.
 
 {expected}
 
@@ -322,6 +190,7 @@ def document() -> str:
         shares=", ".join(f"{name} {reach[kind]:.0%}" for kind, name in NAMES.items()),
         bf16=BF16.block_bytes(CONFIG) / GIGA,
         fp8=FP8_SCALED.block_bytes(CONFIG) / GIGA,
+        w4a8=W4A8.block_bytes(CONFIG) / GIGA,
         bus=BUS_REACH,
         expected="\n".join(_expected(reach)),
         measured="\n".join(_beside_measured(reach)),
@@ -330,11 +199,11 @@ def document() -> str:
 
 
 def _expected(reach: dict[str, float]) -> Iterator[str]:
-    yield "| card | TFLOP/s | TB/s | bus GB/s | file | blocks | chunk at 1,1,1 | FPS | chunk at 2,2,2 | FPS |"
+    yield "| card | TFLOP/s, TOP/s | TB/s | bus GB/s | file | blocks | chunk at 1,1,1 | FPS | chunk at 2,2,2 | FPS |"
     yield "|---|---:|---:|---:|---|---|---:|---:|---:|---:|"
     for card in CARDS:
-        for weights in (BF16, FP8_SCALED) if card.offloads(BF16) else (BF16,):
-            cells = [card.name, f"{card.matrix}", f"{card.bandwidth}", f"{card.bus}", weights.name]
+        for weights in (BF16, FP8_SCALED, INT8, W4A8) if card.offloads(BF16) else (BF16, INT8):
+            cells = [card.name, f"{card.matrix}, {card.int8}", f"{card.bandwidth}", f"{card.bus}", weights.name]
             cells.append("offloaded" if card.offloads(weights) else "on the card")
             for steps in STEPS.values():
                 times = [chunk_seconds(card, steps, weights, each) for each in (None, reach)]

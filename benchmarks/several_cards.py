@@ -12,16 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from measure import ROOT
-from roofline import (
+from operations import (
     ATTENTION,
     BYTES,
-    CARDS,
-    CONFIG,
-    GIGA,
-    NATIVE,
     PRODUCTS,
     STAGES,
-    STEPS,
     Operation,
     attention,
     decoding,
@@ -30,9 +25,9 @@ from roofline import (
     noisy_tokens,
     passes,
     product,
-    reached,
     step,
 )
+from roofline import CARDS, CONFIG, GIGA, NATIVE, STEPS, reached
 
 from helios_core.config import CHUNK_FRAMES, LATENT_CHANNELS, PATCH, TransformerConfig
 from helios_core.parallel import share

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import decode
+import operations
 import paths  # noqa: F401
-import roofline
 import torch
 import torch.nn.functional as F
 from measure import ROOT, Compare, Row, in_turns, machine, peak_extra_bytes, seconds, table, write
@@ -193,7 +193,7 @@ def chunks(reference: Any, ours: HeliosTransformer, compare: Compare) -> Iterato
 
 def kernels_alone(config: Any, steps: tuple[int, ...]) -> Callable[[], None]:
     """The matrix products and attention of a chunk, in its order, on random inputs that those of one shape share."""
-    shapes = [operation.shape for operation in roofline.chunk(config, LATENTS, steps) if operation.shape]
+    shapes = [operation.shape for operation in operations.chunk(config, LATENTS, steps) if operation.shape]
     calls = {shape: product_alone(*shape) if len(shape) == 3 else attention_alone(*shape) for shape in set(shapes)}
 
     def run() -> None:

@@ -65,26 +65,39 @@ def test_decoding_takes_the_counted_flops(roofline, size, dim):
         assert model / 1e12 == pytest.approx(OF_DECODING, rel=1e-3)
 
 
-@pytest.mark.parametrize("file", ["bf16", "fp8_scaled"])
-def test_weights_that_travel_are_the_blocks_matrices(roofline, file):
+@pytest.mark.parametrize("name", ["BF16", "FP8_SCALED", "INT8", "W4A8"])
+def test_weights_that_travel_are_the_blocks_matrices(roofline, name):
     import fits
 
-    blocks = fits.network(fits.FORMATS[file]).blocks
-    weights = next(each for each in (roofline.BF16, roofline.FP8_SCALED) if each.name == file)
-    assert weights.block_bytes(roofline.CONFIG) == sum(each.nbytes for each in blocks.parameters() if each.ndim == 2)
+    weights = getattr(roofline, name)
+    matrices = [each for each in fits.network(fits.FORMATS[weights.name]).blocks.parameters() if each.ndim == 2]
+    # What rows have, a scale each, is not counted.
+    assert weights.block_bytes(roofline.CONFIG) == pytest.approx(sum(each.nbytes for each in matrices), rel=1e-3)
+
+
+def test_of_int8_the_quantised_share_is_multiplied_at_its_rate(roofline):
+    before = list(roofline.step(roofline.CONFIG, roofline.NATIVE, 2))
+    after = list(roofline.in_int8(before, share=0.75, value=1))
+    products = sum(each.flops for each in before if each.kind == roofline.PRODUCTS and each.shape[0] > 1)
+    assert sum(each.flops for each in after if each.int8) == pytest.approx(0.75 * products)
+    rotating = roofline.count_flops(after) - roofline.count_flops(before)
+    assert 0.02 * products < rotating < 0.05 * products
+    twice = roofline.Card("", 100, 200, 10, 10, 100)
+    times = [roofline.chunk_seconds(twice, (1, 1, 1), each) for each in (roofline.BF16, roofline.INT8)]
+    assert 0.6 < times[1] / times[0] < 0.9  # attention stays as it is
 
 
 def test_a_byte_a_value_travels_sooner_but_has_to_be_decoded(roofline):
     bf16, fp8 = roofline.BF16, roofline.FP8_SCALED
-    slow_bus, slow_memory = roofline.Card("", 1000, 100, 1, 12), roofline.Card("", 100, 1, 1, 100)
+    slow_bus, slow_memory = roofline.Card("", 1000, 1000, 100, 1, 12), roofline.Card("", 100, 100, 1, 1, 100)
     for card, quicker in ((slow_bus, fp8), (slow_memory, bf16)):
         assert min((bf16, fp8), key=lambda weights: roofline.chunk_seconds(card, (1, 1, 1), weights)) is quicker
 
 
 def test_a_slow_bus_is_waited_for(roofline):
-    resident = roofline.Card("", 100, 1, 10, 100)
-    offloaded = roofline.Card("", 100, 1, 10, 20)
-    slow = roofline.Card("", 100, 1, 1, 20)
+    resident = roofline.Card("", 100, 100, 1, 10, 100)
+    offloaded = roofline.Card("", 100, 100, 1, 10, 20)
+    slow = roofline.Card("", 100, 100, 1, 1, 20)
     times = [roofline.chunk_seconds(card, (1, 1, 1)) for card in (resident, offloaded, slow)]
     assert times == sorted(times)
     assert times[2] == pytest.approx(3 * roofline.BF16.block_bytes(roofline.CONFIG) / 1e9, rel=0.01)
