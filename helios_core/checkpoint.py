@@ -17,7 +17,7 @@ import torch
 
 from .config import TransformerConfig, Variant
 from .json_file import parse_json, read_json, read_json_if_there
-from .quantised import ONE_SCALE, QuantisedLayer, misfits, split_quantised
+from .quantised import ONE_SCALE, QuantisedLayer, misfits, read_text, split_quantised
 from .quoting import quoted
 from .regular_file import CheckpointError, FileFacts
 from .safetensors_file import DTYPES, PICKLES, SHOWN, StoredTensor, read_headers, read_index, some
@@ -97,7 +97,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     stored, metadata = read_headers([path] if folder is None else _weight_files(folder))
     _refuse_foreign(path, stored)
     tensors, quantised = split_quantised(path, metadata, _canonical(path, stored), _own_layer)
-    config = _config(path, folder, metadata, tensors)
+    saved = tensors.pop(CONFIG_KEY, None)
+    config = _config(path, folder, metadata, tensors, saved)
     _check(path, config, tensors, quantised)
     return Checkpoint(path, config, read_variant(path, metadata), tensors, quantised)
 
@@ -200,9 +201,16 @@ def _canonical(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Stor
 
 
 def _config(
-    path: Path, folder: Path | None, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+    path: Path,
+    folder: Path | None,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, StoredTensor],
+    saved: StoredTensor | None,
 ) -> TransformerConfig:
-    """From the folder's config.json, else from the file's metadata, else from the shapes."""
+    """From the folder's config.json, else from the file's metadata, else from the shapes.
+
+    ComfyUI saves models without metadata: where shapes do not tell, `saved` is the tensor that has it as text.
+    """
     source = f"what the shapes of the tensors in {path} tell"
     try:
         if folder is not None and os.path.exists(file := folder / "config.json"):
@@ -213,6 +221,9 @@ def _config(
         elif CONFIG_KEY in metadata:
             source = f"metadata {CONFIG_KEY!r} of {path}"
             values = parse_json(metadata[CONFIG_KEY].encode())
+        elif saved is not None:
+            source = f"{quoted(saved.key)} of {path}"
+            values = read_text(path, saved)
         else:
             return _inferred_config(path, tensors)
         return TransformerConfig.from_dict(values)

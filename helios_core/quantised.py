@@ -28,7 +28,7 @@ FULL_PRECISION = "full_precision_matrix_mult"  # setting: the host must not mult
 ROTATES, ROTATED_TOGETHER = "convrot", "convrot_groupsize"  # settings: whether columns were rotated, how many at once
 SCALED_TOGETHER = "group_size"  # setting of asym_w4a8_int8: how many columns have a scale in common
 TOGETHER = {ROTATED_TOGETHER: (4, 16, 64, 256, 1024), SCALED_TOGETHER: (4, 8, 16, 32, 64, 128)}  # that hosts can
-LARGEST_MARK = 4096  # bytes
+LARGEST_TEXT = 4096  # bytes
 
 Shape = tuple[int, ...]
 
@@ -268,17 +268,21 @@ def _metadata_settings(path: Path, text: str) -> dict[str, dict[str, Any]]:
 def _marked_settings(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, dict[str, Any]]:
     settings = {}
     for name in [name for name in tensors if name.endswith(f".{MARK}")]:
-        stored = tensors.pop(name)
-        if stored.dtype != torch.uint8 or len(stored.shape) != 1 or stored.shape[0] > LARGEST_MARK:
-            raise CheckpointError(
-                f"{path} has {quoted(stored.key)} of {_said(stored.dtype)} in the shape {stored.shape}, which is no "
-                "text of a quantised format. Download the file again."
-            )
-        try:
-            settings[name.removesuffix(f".{MARK}")] = parse_json(bytes(_read(stored).tolist()))
-        except ValueError as error:
-            raise CheckpointError(f"{quoted(stored.key)} of {path} is damaged ({error}). Download it again.") from error
+        settings[name.removesuffix(f".{MARK}")] = read_text(path, tensors.pop(name))
     return settings
+
+
+def read_text(path: Path, stored: StoredTensor) -> dict[str, Any]:
+    """The JSON object whose text this tensor of the file holds, byte by byte."""
+    if stored.dtype != torch.uint8 or len(stored.shape) != 1 or stored.shape[0] > LARGEST_TEXT:
+        raise CheckpointError(
+            f"{path} has {quoted(stored.key)} of {_said(stored.dtype)} in the shape {stored.shape}, which is no "
+            "text of settings. Download the file again."
+        )
+    try:
+        return parse_json(bytes(_read(stored).tolist()))
+    except ValueError as error:
+        raise CheckpointError(f"{quoted(stored.key)} of {path} is damaged ({error}). Download it again.") from error
 
 
 def _read(stored: StoredTensor) -> Tensor:

@@ -158,7 +158,7 @@ def quantised_marks(settings: Settings) -> dict[str, Tensor]:
     """What newer hosts' quantised layers want beside their weights."""
     if not _marks_layers():
         return {}
-    return {f"{layer}.comfy_quant": _as_bytes(values) for layer, values in settings.items()}
+    return {f"{layer}.comfy_quant": as_bytes(values) for layer, values in settings.items()}
 
 
 def quantised_for_saving(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
@@ -170,11 +170,12 @@ def quantised_for_saving(weights: Mapping[str, Tensor], settings: Settings) -> d
             continue
         layer = name.removesuffix(".weight")
         apart[name], apart[f"{layer}.weight_scale"] = comfy.quant_ops.TensorCoreFP8Layout.get_plain_tensors(weight)
-        apart[f"{layer}.comfy_quant"] = _as_bytes(settings[layer])
+        apart[f"{layer}.comfy_quant"] = as_bytes(settings[layer])
     return apart
 
 
-def _as_bytes(settings: Mapping[str, Any]) -> Tensor:
+def as_bytes(settings: Mapping[str, Any]) -> Tensor:
+    """Settings as a tensor of their text, which is how the host puts them into files."""
     return torch.tensor(list(json.dumps(dict(settings)).encode()), dtype=torch.uint8)
 
 

@@ -85,8 +85,12 @@ def quantised_layers(checkpoint: Checkpoint, quantising: Quantising) -> list[str
             )
         layers = [layer for layer in layers if part not in layer]
     if not layers:
+        why = "--keep names all of it"
+        if quantising.keep is None:
+            why = f"without --keep the first {KEPT_AT_EITHER_END} and the last {KEPT_AT_EITHER_END} blocks stay in full"
         raise CheckpointError(
-            f"Nothing is left to quantise: of {count} blocks all are kept in full. Name fewer, or give --keep no value."
+            f"Nothing of a model of {count} blocks is left to quantise: {why}. "
+            "Name fewer, or give --keep without a value to quantise every block."
         )
     return layers
 

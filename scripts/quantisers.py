@@ -90,8 +90,8 @@ class ByKitchen:
             getattr(kitchen, self.layout)
         except (ImportError, AttributeError) as error:
             raise CheckpointError(
-                f"{self.format} is made by comfy-kitchen 0.2.31 or newer, which this Python does not have ({error}). "
-                "Use that of ComfyUI 0.33 or newer, which is also what loads such files, or fp8_scaled."
+                f"This format is made by comfy-kitchen 0.2.31 or newer, which this Python does not have ({error}). Run "
+                "the script with that of ComfyUI 0.33 or newer, which is also what loads such files, or use fp8_scaled."
             ) from error
         return kitchen
 

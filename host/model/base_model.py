@@ -14,14 +14,14 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from ...helios_core.checkpoint import published_name
+from ...helios_core.checkpoint import CONFIG_KEY, HEAD_DIM, published_name
 from ...helios_core.config import Variant
 from ...helios_core.history import History, HistoryLayout, Memory
 from ...helios_core.lora_names import lora_names
 from ...helios_core.regular_file import FileFacts
 from ...helios_core.schedule import TRAIN_STEPS
 from ...helios_core.transformer import LONG_POOL, MID_POOL
-from ..compat import Settings, quantised_for_saving
+from ..compat import Settings, as_bytes, quantised_for_saving
 from .network import HeliosNetwork
 from .run_cache import text_bytes_per_token
 
@@ -137,7 +137,11 @@ class HeliosModelConfig(comfy.supported_models_base.BASE):
 
     def process_unet_state_dict_for_saving(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = quantised_for_saving(state_dict, self.quantised)
-        return super().process_unet_state_dict_for_saving({published_name(k): x for k, x in weights.items()})
+        named = {published_name(k): x for k, x in weights.items()}
+        config = self.unet_config["config"]
+        if config.attention_head_dim != HEAD_DIM:  # which shapes would not tell, and the host writes no metadata
+            named[CONFIG_KEY] = as_bytes(config.to_dict())
+        return super().process_unet_state_dict_for_saving(named)
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HeliosModel:
         return HeliosModel(self, device=device)

@@ -290,6 +290,20 @@ def test_metadata_that_makes_no_sense_is_refused(tmp_path, key, value):
     assert "a.safetensors" in refusal(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"{", "'model.diffusion_model.helios_config' of"),
+        (b'{"rope_dim": [1, 1, 1]}', "is not the configuration of a Helios transformer"),
+        (b" " * 5000, "in the shape (5000,), which is no text of settings"),
+    ],
+)
+def test_a_configuration_among_the_tensors_that_makes_no_sense_is_refused(tmp_path, text, said):
+    weights = make_weights() | {"helios_config": torch.tensor(list(text), dtype=torch.uint8)}
+    save_file(rename(weights, {}, "model.diffusion_model."), tmp_path / "a.safetensors")
+    assert said in refusal(tmp_path / "a.safetensors")
+
+
 def copy_official(official: Path, target: Path) -> tuple[Path, dict]:
     for file in (official / "transformer").iterdir():
         (target / file.name).write_bytes(file.read_bytes())

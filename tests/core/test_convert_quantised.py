@@ -121,7 +121,8 @@ def test_hosts_can_be_asked_to_multiply_in_full_precision(script, official, tmp_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "Nothing is left to quantise: of 2 blocks all are kept in full"),
+        ([], "of 2 blocks is left to quantise: without --keep the first 3 and the last 3 blocks stay in full"),
+        (["--keep", "0", "1"], "of 2 blocks is left to quantise: --keep names all of it"),
         (["--keep", "attn3"], "--keep attn3: there is no such thing in a model of 2 blocks"),
         (["--keep", "7"], "--keep 7: there is no such thing"),
     ],

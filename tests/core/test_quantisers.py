@@ -117,8 +117,8 @@ def test_without_comfy_kitchen_it_is_said_whose_python_has_it(script, source, tm
     monkeypatch.setitem(sys.modules, "comfy_kitchen.tensor", None)
     assert convert(script, source, tmp_path / "a.safetensors", "int8") == 1
     said = capsys.readouterr().err
-    assert "int8_tensorwise is made by comfy-kitchen 0.2.31 or newer, which this Python does not have" in said
-    assert "that of ComfyUI 0.33 or newer" in said
+    assert "comfy-kitchen 0.2.31 or newer, which this Python does not have" in said
+    assert "Run the script with that of ComfyUI 0.33 or newer" in said
     assert not list(tmp_path.iterdir())
 
 

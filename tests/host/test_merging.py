@@ -15,6 +15,7 @@ from comfy_extras.nodes_model_merging import (
 )
 from safetensors.torch import load_file, save_file
 
+from comfyui_helios.helios_core.checkpoint import CONFIG_KEY
 from comfyui_helios.helios_core.config import TransformerConfig
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.files.vae import load_vae
@@ -113,8 +114,18 @@ def test_a_saved_model_has_the_names_of_published_files(folders, tmp_path, monke
     [difference_of_both] = ModelSubtract().merge(first, second, 1.0)
     ModelSave().save(difference_of_both, "merged")
     [file] = tmp_path.glob("*.safetensors")
-    wanted = {f"model.diffusion_model.{name}" for name in oracle.transformer(0, **AMPLIFIED).state_dict()}
-    assert load_file(file).keys() == wanted
+    names = [*oracle.transformer(0, **AMPLIFIED).state_dict(), CONFIG_KEY]
+    assert load_file(file).keys() == {f"model.diffusion_model.{name}" for name in names}
+
+
+def test_a_saved_model_whose_heads_no_shape_tells_loads_as_the_same_model(folders, tmp_path, monkeypatch):
+    """Helios-Tiny's too: taken for heads of 128, it made gray videos."""
+    saving_into(tmp_path, monkeypatch)
+    model = load_model(folders[0], "fp32")
+    ModelSave().save(model, "merged")
+    again = load_model(str(*tmp_path.glob("*.safetensors")), "fp32")
+    assert again.model.diffusion_model.config == model.model.diffusion_model.config
+    assert difference(sample(again, QUICK)["samples"], sample(model, QUICK)["samples"]) < 1e-5
 
 
 def test_a_checkpoint_saved_with_text_encoder_and_vae_loads_again(tmp_path, monkeypatch):
