@@ -14,7 +14,6 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_easycache import EasyCacheNode
-from safetensors.torch import load_file
 
 from comfyui_helios.helios_core.schedule import BASE
 from comfyui_helios.host.files.text_encoder import load_text_encoder
@@ -22,22 +21,29 @@ from comfyui_helios.host.files.vae import load_vae
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.model.offload_patcher import Offloading
 from comfyui_helios.host.sampling.guider import HeliosGuider
-from comfyui_helios.host.sockets.latent import to_vae_space
 from comfyui_helios.host.sockets.prompt_changes import Change, SteeredPrompts
 from comfyui_helios.host.stream import live_sessions, plain_files, prompt_turns, run_folder, video_writer
 from comfyui_helios.host.stream.live_sessions import sessions
-from comfyui_helios.nodes.history import HeliosHistoryInjection
-from comfyui_helios.nodes.prompts import HeliosPromptSchedule
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
-from comfyui_helios.nodes.text import HeliosTextEncode
 from harness.tiny import make_official_folder
 from support.runs import QUICK, run_node
-from support.streams import Parts, WatchedVAE, cleaned_up, graph, stream_video, temporary_files
+from support.steered_runs import (
+    CHUNKS,
+    FIRST,
+    SECOND,
+    THIRD,
+    Killed,
+    Pages,
+    beginning,
+    events,
+    of_chunks,
+    scheduled,
+    script,
+    stream,
+)
+from support.streams import WatchedVAE, temporary_files
 
-SIZE = {"width": 64, "height": 64}
 GUIDED = replace(BASE, steps=(2,), guidance_scale=3.0)
-FIRST, SECOND, THIRD = "A red fox.", "A blue lake in the mountains.", "White snow falls at night."
-CHUNKS = 5
 ASKED = {1: [Change("Nobody sees this.", 0), Change(SECOND, 3)], 3: [Change(THIRD, 2)]}  # by the chunks before it
 APPLIED = {1: Change(SECOND, 3), 3: Change(THIRD, 2)}
 
@@ -67,82 +73,6 @@ def output(tmp_path, monkeypatch):
     for name in temporary_files():
         (Path(folder_paths.get_temp_directory()) / name).unlink()
     return tmp_path / run_folder.FOLDER
-
-
-class Killed(BaseException):
-    pass
-
-
-class Pages:
-    """A VAE at whose decoding of a chunk pages ask for what `asked` has under the number of chunks made until then."""
-
-    def __init__(self, asked, finish_after=None, killed_after=None, cancelled_after=None, batch=1):
-        self.asked, self.made, self.step = asked, 0, 1 / batch
-        self.finish_after, self.killed_after, self.cancelled_after = finish_after, killed_after, cancelled_after
-
-    def decode(self, samples):
-        self.made += self.step
-        if sessions():
-            steering = sessions()[-1].steering
-            for change in self.asked.get(self.made, []):
-                steering.ask(change)
-            if self.made == self.finish_after:
-                steering.finish()
-        if self.made == self.killed_after:
-            raise Killed
-        if self.made == self.cancelled_after:
-            comfy.model_management.interrupt_current_processing()
-        return torch.rand((1, 33, *(8 * side for side in samples.shape[3:]), 3))
-
-
-def beginning(clip, chunks=CHUNKS, batch=1):
-    prompts = run_node(HeliosTextEncode, clip, FIRST, "blurry")
-    return run_node(HeliosHistoryInjection, *prompts, frames=33 * chunks, batch_size=batch, **SIZE)
-
-
-def stream(model, clip, pages, schedule=QUICK, start=None, prompts=None, **settings):
-    """(video, latents of all chunks, tail) of a run with `live`; resume is on, and its folder is emptied before.
-
-    prompts: the node of the graph that they come from.
-    """
-    settings = {"live": True, "clip": clip, "overlap_decode": "off", "resume": True, **settings}
-    start = start or beginning(clip)
-    prompt = graph(seed=5, clip=["1", 1])
-    del prompt["4"]["inputs"]["start_image"], prompt["3"]
-    prompt["2"] = prompts or prompt["2"]
-    try:
-        [video, *_], tail = stream_video(
-            Parts(model, pages), start, schedule, 5, unique_id="5", prompt=prompt, **settings
-        )
-    finally:
-        cleaned_up()
-    return Path(video.get_stream_source()), saved_latents(), tail
-
-
-def saved_latents():
-    files = sorted((Path(folder_paths.output_directory) / run_folder.FOLDER).rglob("*.safetensors"))
-    return to_vae_space(torch.cat([load_file(file)["latents"] for file in files], dim=2))
-
-
-def scheduled(clip, steered, batch=1):
-    """(what a video begins with, summary) by Helios Prompt Schedule with a JSON in `steered`, as `beginning` else."""
-    widgets = {w.id: w.default for w in HeliosPromptSchedule.define_schema().inputs if w.id not in ("clip", "before")}
-    *prompts, frames, summary = run_node(
-        HeliosPromptSchedule, clip, **{**widgets, "negative": "blurry", "steered": steered}
-    )
-    return run_node(HeliosHistoryInjection, *prompts, frames=frames, batch_size=batch, **SIZE), summary
-
-
-def script(video):
-    return video.with_suffix(".json").read_text(encoding="utf-8")
-
-
-def events(steering):
-    return {entry["after_chunk"]: Change(entry["prompt"], entry["transition"]) for entry in steering["applied"]}
-
-
-def of_chunks(latents, first, end):
-    return latents[:, :, 9 * first : 9 * end]
 
 
 @pytest.fixture(scope="module")
