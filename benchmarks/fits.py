@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import paths  # noqa: F401
 import torch
+from quantisers import QUANTISERS, planned_parts
 
 GB = 1e9
 KEPT = 3  # blocks at either end, by scripts/convert_checkpoint.py
-QUANTS = ("fp8_scaled", "int8", "w4a8", "nvfp4")
 FORMATS: dict[str, tuple[str, int] | None] = {  # --quant, and how many blocks are kept at either end
     "bf16": None,
-    **{quant: (quant, KEPT) for quant in QUANTS},
-    **{f"{quant}, all blocks": (quant, 0) for quant in QUANTS},
+    **{quant: (quant, KEPT) for quant in QUANTISERS},
+    **{f"{quant}, all blocks": (quant, 0) for quant in QUANTISERS},
 }
 LEVELS: tuple[Literal["block", "leaf"] | None, ...] = (None, "block", "leaf")
 
@@ -41,11 +41,10 @@ def network(made: tuple[str, int] | None) -> Any:
 
 def packed(quant: str, linear: torch.nn.Linear) -> torch.nn.Module:
     """What has the parameters that a Linear has in a format."""
-    from quantisers import QUANTISERS, planned_parts
-
+    quantiser, size = QUANTISERS[quant], (linear.out_features, linear.in_features)
     layer = torch.nn.Module()
     layer.bias = linear.bias
-    for part, (dtype, shape) in planned_parts(QUANTISERS[quant], linear.out_features, linear.in_features).items():
+    for part, (dtype, shape) in planned_parts(quantiser, quantiser.settings(size[1]), *size).items():
         values = torch.empty(shape, dtype=dtype, device="meta")
         setattr(layer, part, torch.nn.Parameter(values, requires_grad=False))
     return layer

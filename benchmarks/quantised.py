@@ -88,14 +88,11 @@ FORMATS = (
 class KitchenLinear(nn.Module):
     """A Linear with a weight of comfy-kitchen's, as hosts multiply with it: in int8 for int8 and w4a8, else decoded."""
 
-    def __init__(self, weight: Any, bias: Tensor | None, rounds_inputs: bool):
+    def __init__(self, weight: Any, bias: Tensor | None):
         super().__init__()
-        self.weight, self.bias, self.rounds_inputs = weight, bias, rounds_inputs
+        self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rounds_inputs:
-            flat = self.weight.from_float(x.flatten(0, -2), self.weight._layout_cls)
-            x = flat.dequantize().view_as(x)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -118,30 +115,31 @@ def made(kind: Format, source: Path, folder: Path) -> Path:
 def loaded(kind: Format, file: Path, exact: HeliosTransformer) -> HeliosTransformer:
     """What computes with a file, whose weights are those of `exact`. fp8 without scales is decoded once; hosts do it at
     every step."""
-    if kind.kitchen is not None:
-        return with_kitchen(kind, kind.kitchen, file, exact)
-    network = load_transformer(file, torch.bfloat16)
+    kitchen = kind.kitchen
+    network = load_transformer(file, torch.bfloat16) if kitchen is None else with_kitchen(kitchen, file, exact)
     if kind.rounds_inputs:
         for module in network.modules():
-            if isinstance(module, ScaledLinear):
-                module.register_forward_pre_hook(lambda module, args: (in_fp8(args[0]),))
+            if isinstance(module, ScaledLinear | KitchenLinear):
+                module.register_forward_pre_hook(lambda module, args: (rounded(args[0], kitchen),))
     return network
 
 
-def with_kitchen(kind: Format, kitchen: ByKitchen, file: Path, exact: HeliosTransformer) -> HeliosTransformer:
+def with_kitchen(kitchen: ByKitchen, file: Path, exact: HeliosTransformer) -> HeliosTransformer:
     network = HeliosTransformer(CONFIG, dtype=torch.bfloat16)
     network.load_state_dict(exact.state_dict())
 
     def layer(name: str, linear: nn.Linear) -> nn.Module:
         weight = kitchen.pack(exact.get_parameter(f"{name}.weight")).to(dtype=torch.bfloat16)
-        return KitchenLinear(weight, linear.bias, kind.rounds_inputs)
+        return KitchenLinear(weight, linear.bias)
 
     replace_layers(network, open_checkpoint(file).quantised, layer)
     return network.eval().requires_grad_(False)
 
 
-def in_fp8(x: Tensor) -> Tensor:
-    """As ComfyUI rounds what it multiplies in fp8: without a scale, cut off at the largest value."""
+def rounded(x: Tensor, kitchen: ByKitchen | None) -> Tensor:
+    """As ComfyUI rounds what it multiplies in a format; in fp8 without a scale, cut off at the largest value."""
+    if kitchen is not None:
+        return kitchen.pack(x.flatten(0, -2)).dequantize().view_as(x)
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).to(x.dtype)
 
 

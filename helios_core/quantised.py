@@ -28,6 +28,7 @@ FULL_PRECISION = "full_precision_matrix_mult"  # setting: the host must not mult
 ROTATES, ROTATED_TOGETHER = "convrot", "convrot_groupsize"  # settings: whether columns were rotated, how many at once
 SCALED_TOGETHER = "group_size"  # setting of asym_w4a8_int8: how many columns have a scale in common
 TOGETHER = {ROTATED_TOGETHER: (4, 16, 64, 256, 1024), SCALED_TOGETHER: (4, 8, 16, 32, 64, 128)}  # that hosts can
+USUAL = {ROTATED_TOGETHER: 256, SCALED_TOGETHER: 16}  # as ComfyUI takes it where a file does not say
 LARGEST_TEXT = 4096  # bytes
 
 Shape = tuple[int, ...]
@@ -97,7 +98,7 @@ def _w4a4(rows: int, columns: int) -> dict[str, Part]:
     }
 
 
-def _w4a8(rows: int, columns: int, together: int = 16) -> dict[str, Part]:
+def _w4a8(rows: int, columns: int, together: int = USUAL[SCALED_TOGETHER]) -> dict[str, Part]:
     scales = (torch.float8_e4m3fn, torch.uint8, torch.float32)
     return {
         "weight": Part((torch.int8,), ((rows, columns // 2),)),
@@ -120,6 +121,10 @@ FORMATS: dict[str, Callable[..., dict[str, Part]]] = {  # of rows and columns
     "convrot_w4a4": _w4a4,
     "asym_w4a8_int8": _w4a8,
 }
+TREATED_TOGETHER = {  # settings that say how many columns are, of formats in which some always are
+    "convrot_w4a4": (ROTATED_TOGETHER,),
+    "asym_w4a8_int8": (ROTATED_TOGETHER, SCALED_TOGETHER),
+}
 ONE_SCALE = {  # formats whose values are the weight's, but for one factor
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
@@ -140,12 +145,8 @@ class QuantisedLayer:
         """By setting: how many columns were treated as one, as the file says or as ComfyUI takes it to mean."""
         more = self.settings.get("params")
         told = {**(more if isinstance(more, dict) else {}), **self.settings}
-        usual = {}
-        if self.format in ("convrot_w4a4", "asym_w4a8_int8") or told.get(ROTATES):
-            usual[ROTATED_TOGETHER] = 256
-        if self.format == "asym_w4a8_int8":
-            usual[SCALED_TOGETHER] = 16
-        return {name: told.get(name, size) for name, size in usual.items()}
+        names = TREATED_TOGETHER.get(self.format, (ROTATED_TOGETHER,) if told.get(ROTATES) else ())
+        return {name: told.get(name, USUAL[name]) for name in names}
 
     def kinds(self, rows: int, columns: int) -> dict[str, Part]:
         """What the format has a matrix of this size made of."""

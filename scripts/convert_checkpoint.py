@@ -112,8 +112,9 @@ def lay_out(
         more = {FULL_PRECISION: True} if quantising.full_precision else {}
         for layer in quantised_layers(checkpoint, quantising):
             rows, columns = shapes[f"{layer}.weight"]
-            quantised[layer] = quantising.quantiser.settings(columns) | more
-            for part, kind in planned_parts(quantising.quantiser, rows, columns).items():
+            settings = quantising.quantiser.settings(columns)
+            quantised[layer] = settings | more
+            for part, kind in planned_parts(quantising.quantiser, settings, rows, columns).items():
                 dtypes[f"{layer}.{part}"], shapes[f"{layer}.{part}"] = kind
         metadata[METADATA_KEY] = metadata_text(quantised)
     header: dict[str, object] = {"__metadata__": metadata}

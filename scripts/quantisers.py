@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from helios_core.quantised import ROTATED_TOGETHER, ROTATES, SCALED_TOGETHER, QuantisedLayer, Shape
+from helios_core.quantised import ROTATED_TOGETHER, ROTATES, SCALED_TOGETHER, USUAL, QuantisedLayer, Shape
 from helios_core.regular_file import CheckpointError
 from helios_core.scaled_linear import quantise, relative_error, scale_of
 
@@ -110,15 +110,16 @@ QUANTISERS: dict[str, Quantiser] = {
         "asym_w4a8_int8",
         "AsymW4A8Int8Layout",
         ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook"),
-        told={SCALED_TOGETHER: 16},
+        told={SCALED_TOGETHER: USUAL[SCALED_TOGETHER]},
         rotates=True,
     ),
     "nvfp4": ByKitchen("nvfp4", "TensorCoreNVFP4Layout", ("weight", "weight_scale", "weight_scale_2")),
 }
 
 
-def planned_parts(quantiser: Quantiser, rows: int, columns: int) -> dict[str, tuple[torch.dtype, Shape]]:
-    """Type and shape of each part that it will make of a matrix of this size."""
-    settings = quantiser.settings(columns)
+def planned_parts(
+    quantiser: Quantiser, settings: dict[str, Any], rows: int, columns: int
+) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Type and shape of each part that it will make, by its settings, of a matrix of this size."""
     kinds = QuantisedLayer(settings["format"], settings, {}).kinds(rows, columns)
     return {part: (kinds[part].dtypes[0], kinds[part].shapes[0]) for part in quantiser.parts}

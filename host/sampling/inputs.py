@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..model.base_model import FlowSampling, HeliosModel
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
 from ..sockets.conditioning import TRACK_KEY, check_conditioning, find_history, is_changed, without_changed_tracks
-from ..sockets.latent import STATE_KEY, check_latent, is_empty
+from ..sockets.latent import STATE_KEY, carried_state, check_latent, is_empty
 from ..sockets.schedule import check_schedule
 from .guider import HeliosGuider
 
@@ -107,11 +108,9 @@ def check_sampled_model(node: str, model_patcher: Any) -> None:
 def check_prompt(node: str, conditioning: list, socket: str, width: int) -> None:
     """Raise ValueError for a conditioning that a model of this text_dim cannot be sampled with."""
     check_conditioning(conditioning, socket)
-    found = next((UNSUPPORTED[key] for _, values in conditioning for key in UNSUPPORTED if key in values), None)
-    if found:
-        raise ValueError(f"{node} does not support {found} ({socket}). Take it out of the graph.")
-    picture = next((key for _, values in conditioning for key in PICTURES if key in values), None)
-    if picture:
+    if found := _carried(conditioning, UNSUPPORTED):
+        raise ValueError(f"{node} does not support {UNSUPPORTED[found]} ({socket}). Take it out of the graph.")
+    if picture := _carried(conditioning, PICTURES):
         raise ValueError(
             f"The {socket} conditioning went through a node for other models, such as WanImageToVideo, and brings a "
             f"picture ({picture}) that Helios would not see. Take that node out, and connect the image to "
@@ -125,9 +124,16 @@ def check_prompt(node: str, conditioning: list, socket: str, width: int) -> None
         )
 
 
+def _carried(conditioning: list, keys: Iterable[str]) -> str | None:
+    """The first of these that an entry has; None where none has one."""
+    return next((key for _, values in conditioning for key in keys if key in values), None)
+
+
 def check_tracks(node: str, positive: list, chunks: int) -> None:
     """Raise ValueError for prompts in a row that a node has changed, or that outlast a video of so many chunks."""
-    for embedding, track in ((embedding, values[TRACK_KEY]) for embedding, values in positive if TRACK_KEY in values):
+    for embedding, values in positive:
+        if (track := values.get(TRACK_KEY)) is None:
+            continue
         if is_changed(track, embedding):
             raise ValueError(
                 f"A node before {node} changes the embedding that comes from Helios Prompt Schedule "
@@ -173,8 +179,8 @@ def latent_warning(latent: dict[str, Any]) -> str | None:
 def source_warning(positive: list, latent: dict[str, Any]) -> str | None:
     """The samplers' warning of a LATENT made for a video that begins from something, where `positive` came past the
     node that says so; None where the two belong together."""
-    state = latent.get(STATE_KEY)
-    source = state.source if isinstance(state, VideoState) else None
+    state = carried_state(latent)
+    source = None if state is None else state.source
     if source is None or _begins_alike(source, find_history(positive).source):
         return None
     return (

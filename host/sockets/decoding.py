@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ...helios_core.config import CHUNK_FRAMES, CHUNK_LATENTS, SPATIAL_SCALE
-from ...helios_core.video import VideoState
 from ..out_of_memory import lack_of_room
 from ..progress import check_interrupt
-from .latent import STATE_KEY, asked_frames, check_latent, is_empty
+from .latent import asked_frames, carried_state, check_latent, is_empty
 from .vae import WANTED
 
 
@@ -48,8 +47,8 @@ def trim_warning(latent: dict[str, Any], trim: bool) -> str | None:
 
 def unsampled_warning(latent: dict[str, Any]) -> str | None:
     """The decoder's warning of a LATENT straight from Helios History Injection; None for any other."""
-    state = latent.get(STATE_KEY)
-    if not isinstance(state, VideoState) or state.memory is not None or not is_empty(latent["samples"]):
+    state = carried_state(latent)
+    if state is None or state.memory is not None or not is_empty(latent["samples"]):
         return None
     return (
         "The video shows nothing: this LATENT was never sampled. Connect that of Helios Chunked Sampler, and take it "

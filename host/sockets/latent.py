@@ -69,15 +69,21 @@ def check_latent(latent: Any, socket: str, *, values: bool = True, whole_chunks:
     return samples
 
 
+def carried_state(latent: dict[str, Any]) -> VideoState | None:
+    """The state a LATENT carries, whether or not its samples still fit; None if it has none."""
+    state = latent.get(STATE_KEY)
+    return state if isinstance(state, VideoState) else None
+
+
 def asked_frames(latent: dict[str, Any]) -> int | None:
     """How many frames were asked for, before rounding up to whole chunks; None where the LATENT does not tell.
 
     It goes by the length alone: what was done to samples in height, width or value does not change it.
     """
-    match latent.get(STATE_KEY):
-        case VideoState(frames) if latent["samples"].shape[2] == num_chunks(frames) * CHUNK_LATENTS:
-            return frames
-    return None
+    state = carried_state(latent)
+    if state is None or latent["samples"].shape[2] != num_chunks(state.frames) * CHUNK_LATENTS:
+        return None
+    return state.frames
 
 
 def video_state(latent: dict[str, Any]) -> VideoState | None:
@@ -126,11 +132,11 @@ def follow(start: VideoStart, latent: dict[str, Any]) -> tuple[VideoStart, Memor
     then its first one, and how its noise was drawn is not known. Raises ValueError for one that was never sampled.
     """
     samples = check_latent(latent, "previous", values=False, whole_chunks=False)
-    carried, state = latent.get(STATE_KEY), video_state(latent)
+    carried, state = carried_state(latent), video_state(latent)
     if state is not None and state.memory is not None:
         memory = _shown_by(start.layout, state.memory, latent)
         return replace(start, source=memory, first_index=state.next_chunk, rng_state=state.rng_state), memory, True
-    if isinstance(carried, VideoState) and carried.memory is None:
+    if carried is not None and carried.memory is None:
         raise ValueError(
             "The LATENT on `previous` was never sampled: it comes straight from Helios History Injection. "
             "Connect the latent of a Helios Chunked Sampler."
