@@ -197,12 +197,12 @@ def test_a_run_on_a_card_without_float64_and_complex_numbers(folder, card, sched
 
 
 def test_a_run_of_scaled_fp8(card, tmp_path):
-    weights = {published_name(name): x for name, x in oracle.weights(oracle.transformer(0)).items()}
+    published = {published_name(name): x for name, x in oracle.weights(oracle.transformer(0)).items()}
     config = TransformerConfig(**oracle.TINY)
-    file = write_scaled(tmp_path / "a.safetensors", weights, block_layers(weights), config=config)
+    file = write_scaled(tmp_path / "a.safetensors", published, block_layers(published), config=config)
     sample(load_model(str(file), "bf16"), begin(), QUICK)
-    quantised = {"up: InEitherMode._apply": None, "up: InEitherMode._apply > _quantized_apply": None}  # weights
-    card.check(crossings(QUICK) | quantised)
+    weights = {f"up: InEitherMode._apply{of}": None for of in ("", " > _quantized_apply", " > mixed_precision_ops")}
+    card.check(crossings(QUICK) | weights)
 
 
 def test_a_video_that_goes_on(folder, card):
