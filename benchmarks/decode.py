@@ -11,14 +11,18 @@ import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import paths
+import profile_gpu
 import torch
-from card import median
+from card import Shape, device, median, random
 from measure import Compare, Row
 from parts import MissingError
 from torch import Tensor, nn
+
+from helios_core.config import CHUNK_LATENTS, LATENT_CHANNELS
 
 WAYS = {  # dtype, 3D convolutions channels-last, chunks at once
     "decode_batch_2": (torch.float32, False, 2),
@@ -110,6 +114,23 @@ def on_card(decoder: Decoder, chunk: Tensor, turns: int) -> Generator[Row, None,
         yield Row.compare(name, took, exact, "s", note)
         fastest = min(fastest, (took, other), key=lambda pair: pair[0])
     return fastest[1]
+
+
+def closer(shape: Shape, file: Path) -> Iterator[Row]:
+    """A chunk in bf16: where its time goes, channels-last and, the peer, not; and what compiling the decoder gains."""
+    plain = find(shape.vae, device())
+    plain = replace(plain, vae=converted(plain.vae, torch.bfloat16, channels_last=False))
+    last = replace(plain, vae=converted(plain.vae, torch.bfloat16, channels_last=True), channels_last=True)
+    chunk = random(1, LATENT_CHANNELS, CHUNK_LATENTS, *shape.decoded)
+    ours, theirs = profile_gpu.profile(partial(last, chunk)), profile_gpu.profile(partial(plain, chunk))
+    file.unlink(missing_ok=True)
+    profile_gpu.append(file, {"decode, channels-last": ours, "decode, plain": theirs})
+    yield from profile_gpu.rows("profile_decode", ours, theirs, "plain")
+    took, frames = median(partial(last, chunk), shape.turns), last(chunk)
+    last.vae.decoder = torch.compile(last.vae.decoder, backend=shape.compiler, dynamic=False)
+    compiled = median(partial(last, chunk), shape.turns)
+    note = f"peer: eager; PSNR {psnr(last(chunk), frames):.1f} dB"
+    yield Row.compare("decode_bf16_channels_last_compiled", compiled, took, "s", note)
 
 
 def rows(decoder: nn.Module, decode: Decode, chunk: Tensor, compare: Compare) -> Iterator[Row]:

@@ -26,6 +26,7 @@ import card_tests
 import cards_gpu
 import comfyui_gpu
 import comfyui_server
+import decode
 import memory_gpu
 import network_gpu
 import quantised_gpu
@@ -38,6 +39,7 @@ SECONDS = {  # that each part is expected to take on an H200, what is worth most
     "tests_fused": 35,
     "tests_parity": 25,
     "network": 120,
+    "decoding": 120,
     "compiled": 120,
     "offload_block_host": 90,  # with writing the weights
     "offload_leaf_host": 50,
@@ -131,6 +133,8 @@ def rows(name: str, folder: Path, tiny: bool) -> Iterator[Row]:
     shape = TINY if tiny else REAL
     if name == "network":
         return network_gpu.rows(shape, folder)
+    if name == "decoding":
+        return decode.closer(shape, folder / "profile-decode.txt")
     if name == "compiled":
         return network_gpu.compiled(shape)
     if name == "quantised":

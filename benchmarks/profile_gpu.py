@@ -74,14 +74,14 @@ def profile(work: Callable[[], Any]) -> Profile:
     return Profile(wall, busy / 1e9, dict(kernels))
 
 
-def rows(name: str, ours: Profile, theirs: Profile) -> Iterator[Row]:
-    """Seconds of both by kind; the peer is eager. Their sum is more than busy where kernels ran beside each other."""
+def rows(name: str, ours: Profile, theirs: Profile, peer: str = "eager") -> Iterator[Row]:
+    """Seconds of both by kind. Their sum is more than busy where kernels ran beside each other."""
     times = {"wall": (ours.wall, theirs.wall), "idle": (ours.wall - ours.busy, theirs.wall - theirs.busy)}
     for kind, took in ours.kinds().items():
         times[kind] = (took, theirs.kinds()[kind])
-    for kind, (mine, peer) in times.items():
-        note = f"{100 * mine / ours.wall:.1f} %, of eager {100 * peer / theirs.wall:.1f} %"
-        yield Row(f"{name}_{kind}", mine, peer, "s", peer / mine if mine else None, note)
+    for kind, (mine, other) in times.items():
+        note = f"{100 * mine / ours.wall:.1f} %, of {peer} {100 * other / theirs.wall:.1f} %"
+        yield Row(f"{name}_{kind}", mine, other, "s", other / mine if mine else None, note)
 
 
 def append(file: Path, profiles: dict[str, Profile]) -> None:

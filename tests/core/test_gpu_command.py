@@ -19,6 +19,7 @@ ROWS = {  # of what every machine has, at least one a part
     "offload_block_host": "seconds_a_chunk_block_host",
     "offload_leaf_host": "seconds_a_chunk_leaf_host",
     "tests_offload": "test_a_video_has_the_same_bits[leaf-True]",
+    "decoding": "decode_bf16_channels_last_compiled",
     "tests_compiled": "test_bf16_rounds_no_worse_than_eager_blocks",
     "offload_resident": "seconds_a_chunk_resident",
     "offload_block_disk": "seconds_a_chunk_block_disk",
