@@ -8,6 +8,7 @@ import { api } from "../../scripts/api.js"
 const NOTHING = "\u2060" // takes back what was said
 const WIDGET = "$$node-text-preview" // the page's own
 const NO_ID = "00000000-0000-0000-0000-000000000000" // of every workflow that was made in an emptied graph
+const WIDE = /[\u1100-\u11ff\u2e80-\ud7a3\uf900-\ufaff\uff01-\uff60]/g // letters as wide as two: Chinese, Japanese, Korean
 const MOST = 240 // pixels of a note: the page scrolls longer ones
 const notes = new Map() // by the id of a workflow: by the node's ids for the server, what it has said and in which run
 const workflows = new Map() // by the id of a run that was queued here: that of its workflow
@@ -44,7 +45,8 @@ function textsToShow() {
 /** Room for all of a note: the page has some two lines for it, and hides the rest. */
 function makeRoom(node, widget) {
     const [letter, line, beside, above] = [6, 16, 52, 42] // pixels of its text, and around it
-    const lines = text => Math.max(1, Math.ceil((text.length * letter) / Math.max(letter, node.size[0] - beside)))
+    const letters = text => text.length + (text.match(WIDE)?.length ?? 0)
+    const lines = text => Math.max(1, Math.ceil((letters(text) * letter) / Math.max(letter, node.size[0] - beside)))
     const height = () => above + line * widget.value.split("\n").reduce((sum, text) => sum + lines(text), 0)
     widget.options.getMinHeight = () => Math.min(MOST, height())
 }
