@@ -1,4 +1,4 @@
-"""Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.33.
+"""Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.38.
 
 Code elsewhere calls these and asks for no version. The one function of ComfyUI that we replace is here as well.
 """
