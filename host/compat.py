@@ -1,4 +1,4 @@
-"""Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.33.
+"""Every difference between versions of ComfyUI that the pack has to ask for: 0.3.75, the oldest it runs on, to 0.38.
 
 Code elsewhere calls these and asks for no version. The one function of ComfyUI that we replace is here as well.
 """
@@ -13,11 +13,13 @@ from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.cli_args
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
+import comfy.utils
 import torch
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
@@ -60,6 +62,15 @@ def usual_patcher() -> type[comfy.model_patcher.ModelPatcher]:
     """The class of the host's own MODELs. From 0.16 on, with dynamic VRAM, one that streams weights in."""
     patcher: type = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return patcher
+
+
+def disk_policy(make_patcher: Any) -> dict[str, bool]:
+    """Arguments for a patcher: what --fast-disk says, where it is to say so for its model alone (0.38).
+
+    Such hosts also look at the disk under a file, to read it past the computer's memory. Ours are mapped.
+    """
+    knows = "fast_disk" in inspect.signature(make_patcher).parameters
+    return {"fast_disk": getattr(comfy.cli_args.args, "fast_disk", False)} if knows else {}
 
 
 def is_dynamic(patcher: Any) -> bool:
@@ -123,6 +134,12 @@ def lora_compute_dtype(device: torch.device) -> torch.dtype:
     choose = getattr(comfy.model_management, "lora_compute_dtype", lambda device: torch.float32)
     dtype: torch.dtype = choose(device)
     return dtype
+
+
+def rounding_seed(key: str) -> int:
+    """What the host rounds a patched weight with. 0.24 keeps it elsewhere, and warns at every call of the old name."""
+    of: Any = getattr(comfy.utils, "string_to_seed", None) or comfy.model_patcher.string_to_seed
+    return int(of(key))
 
 
 Settings = Mapping[str, Mapping[str, Any]]

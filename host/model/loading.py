@@ -15,7 +15,7 @@ import torch
 from ...helios_core.checkpoint import Checkpoint, loaded_dtypes, open_checkpoint
 from ...helios_core.devices import name_of
 from ...helios_core.loading import load_weights
-from ..compat import offer_lora_names, usual_patcher
+from ..compat import disk_policy, offer_lora_names, usual_patcher
 from .base_model import SUPPORTED_DTYPES, HeliosModelConfig
 from .offload_patcher import Offloading, OffloadPatcher
 from .quantised import check_formats, use_quantised_layers
@@ -116,7 +116,8 @@ def make_model(
         make_patcher = OffloadPatcher
     elif not disable_dynamic:
         make_patcher = usual_patcher()
-    patcher = make_patcher(model, load_device=load_device, offload_device=offload_device)
+    policy = disk_policy(make_patcher)
+    patcher = make_patcher(model, load_device=load_device, offload_device=offload_device, **policy)
     if offloading is not None:
         patcher.offload(offloading)
     # How newer hosts make a second, independent patcher (torch.compile, multi-GPU).

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...helios_core.offload import KEEP_BELOW, Level, Offloader
 from ...helios_core.quoting import quoted
-from ..compat import is_dynamic, lora_compute_dtype, room_to_pin, static_clone
+from ..compat import is_dynamic, lora_compute_dtype, room_to_pin, rounding_seed, static_clone
 from ..printable import printable_log
 
 log = printable_log(__name__)
@@ -179,8 +179,7 @@ class OffloadPatcher(comfy.model_patcher.ModelPatcher):
         """A weight with its LoRA patches, as the host itself computes it on the device."""
         values = weight.to(lora_compute_dtype(weight.device), copy=True)
         values = comfy.lora.calculate_weight(self.patches[key], values, key)
-        seed = comfy.model_patcher.string_to_seed(key)
-        return comfy.float.stochastic_rounding(values, weight.dtype, seed=seed)
+        return comfy.float.stochastic_rounding(values, weight.dtype, seed=rounding_seed(key))
 
 
 def is_compiled(patcher: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 
+import comfy.cli_args
 import comfy.hooks
 import comfy.model_management
 import folder_paths
@@ -132,6 +133,13 @@ def test_latents_are_the_same(folder, expected_latents, times):
         assert is_dynamic(model)
         assert torch.equal(latents(model, chunks=2), expected_latents)
         assert bool(vram.evicted) == (times not in (TIMES["ample"], TIMES["none"]))
+
+
+def test_fast_disk_pins_nothing_that_has_room_on_the_card(folder, expected_latents, monkeypatch):
+    monkeypatch.setattr(comfy.cli_args.args, "fast_disk", True)
+    with dynamic_vram():
+        assert torch.equal(latents(load_model(str(folder), "bf16"), chunks=2), expected_latents)
+        assert comfy.model_management.TOTAL_PINNED_MEMORY == 0
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import comfy.cli_args
 import comfy.latent_formats
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
 import comfy.samplers
@@ -328,6 +330,19 @@ def test_a_second_patcher_can_be_made(model):
     second = factory(*args, disable_dynamic=True)
     assert second.model is not model.model
     assert torch.equal(sample(second, QUICK)["samples"], sample(model, QUICK)["samples"])
+
+
+class PatcherThatAsks(comfy.model_patcher.ModelPatcher):
+    def __init__(self, model, load_device, offload_device, size=0, weight_inplace_update=False, fast_disk=False):
+        super().__init__(model, load_device, offload_device, size, weight_inplace_update)
+        self.told = fast_disk
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_fast_disk_reaches_newer_hosts_which_ask_for_each_model(folder, monkeypatch, flag):
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", PatcherThatAsks, raising=False)
+    monkeypatch.setattr(comfy.cli_args.args, "fast_disk", flag, raising=False)
+    assert load_model(str(folder), "fp32").told is flag
 
 
 def test_compiled_code_sees_every_chunks_history(model):

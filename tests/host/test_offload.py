@@ -87,7 +87,7 @@ def lora(model):
 
 
 @pytest.mark.parametrize("how", SETTINGS[::3], ids=str)
-def test_lora_patches_are_applied_as_the_host_applies_them(folder, expected, how):
+def test_lora_patches_are_applied_as_the_host_applies_them(folder, expected, how, caplog):
     plain, offloaded = load_model(str(folder), "fp32"), load_model(str(folder), "fp32", offloading=how)
     with_lora = [comfy.sd.load_lora_for_models(m, None, lora(plain), 0.8, 0)[0] for m in (plain, offloaded)]
     wanted, got = (sample(m, QUICK, chunks=2)["samples"] for m in with_lora)
@@ -96,6 +96,7 @@ def test_lora_patches_are_applied_as_the_host_applies_them(folder, expected, how
     # the weights themselves are untouched: without the LoRA it is the plain model again
     assert torch.equal(sample(offloaded, QUICK, chunks=2)["samples"], expected)
     assert torch.equal(sample(with_lora[1], QUICK, chunks=2)["samples"], wanted)
+    assert "has moved" not in caplog.text  # of the host's functions: newer ones warn at every weight
 
 
 def test_the_host_is_told_what_it_takes(folder):
