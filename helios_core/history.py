@@ -135,10 +135,11 @@ class Memory:
     def push(self, latents: Tensor, reanchor: bool = False) -> Memory:
         """Remember a finished chunk (B, 16, 9, H, W) and forget what falls out of the window.
 
-        The first chunk of a video that has no anchor yet provides it; `reanchor` replaces the one there is.
+        The first chunk of a video that has no anchor yet provides it, shown or not: a later run may have another
+        layout. `reanchor` replaces the one there is.
         """
         past = torch.cat([self.latents, latents.to(self.latents.dtype)], dim=2)[:, :, -self.layout.frames :]
         anchor = self.anchor
-        if self.layout.keep_first_frame and (anchor is None or reanchor):
+        if anchor is None or reanchor:
             anchor = latents[:, :, :1].to(self.latents.dtype)
         return replace(self, latents=past.contiguous(), anchor=anchor)

@@ -111,18 +111,17 @@ def _ends_in(samples: Tensor, memory: Memory) -> bool:
 
 
 def _shown_by(layout: HistoryLayout, memory: Memory, latent: dict[str, Any]) -> Memory:
-    """A LATENT's memory, and of its samples what this layout shows and that run did not keep: anchor and older frames.
+    """A LATENT's memory, and of its samples the older frames that this layout shows and that run did not keep.
 
     Raises ValueError where some are needed and the samples hold NaN.
     """
     kept = memory.latents.shape[2]
-    if memory.anchor is not None and layout.frames <= kept:
+    if layout.frames <= kept:
         return memory
     samples = check_latent(latent, "previous", whole_chunks=False)
     length = samples.shape[2]
     older = normalise(samples[:, :, max(0, length - layout.frames) : max(0, length - kept)])
-    anchor = normalise(samples[:, :, :1]) if memory.anchor is None else memory.anchor
-    return replace(memory, latents=torch.cat([older, memory.latents], dim=2), anchor=anchor).with_layout(layout)
+    return replace(memory, latents=torch.cat([older, memory.latents], dim=2)).with_layout(layout)
 
 
 def follow(start: VideoStart, latent: dict[str, Any]) -> tuple[VideoStart, Memory, bool]:

@@ -7,12 +7,14 @@ from typing import Any
 
 from ...helios_core.text import MAX_TOKENS, clean_prompt
 from ..compat import with_own_model
+from ..out_of_memory import memory_errors
 from ..printable import printable_log
 
 log = printable_log(__name__)
 
 ENCODER = "umt5xxl"  # the host's name for it, and of its entry in the tokens
 END_TOKEN, PAD_TOKEN = 1, 0
+NO_MEMORY = "Load it on the CPU: Load CLIP has `device`. Or switch group_offload on, where the node has it."
 MAX_CHARACTERS = 100_000  # forty times what 512 tokens hold; longer texts take seconds to clean up
 
 Tokens = dict[str, list[list[tuple[int, float]]]]
@@ -32,7 +34,8 @@ def encode_prompt(
             "shorten it."
         )
     tokens = tokenize(clip, clean_prompt(prompt), name, warn)
-    return with_own_model(clip).encode_from_tokens_scheduled(tokens)
+    with memory_errors("The text encoder", NO_MEMORY):
+        return with_own_model(clip).encode_from_tokens_scheduled(tokens)
 
 
 def tokenize(clip: Any, text: str, name: str = "The prompt", warn: Callable[[str], None] = log.warning) -> Tokens:

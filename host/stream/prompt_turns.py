@@ -13,7 +13,6 @@ from torch import Tensor
 from ...helios_core.text import MAX_TOKENS
 from ...helios_core.video import Turn
 from ..messages import Notes
-from ..out_of_memory import memory_errors
 from ..sampling.guider import HeliosGuider
 from ..sockets.conditioning import check_conditioning
 from ..sockets.prompt_changes import MOST_CHANGES, MOST_CHARACTERS, Change, SteeredPrompts, still_shown
@@ -90,8 +89,7 @@ class PromptTurns:
         if change is None:
             return False
         try:
-            with memory_errors("The text encoder", "Load it on the CPU: Load CLIP has `device`."):
-                embedding = self.encode(change)
+            embedding = self.encode(change)
         except (ValueError, comfy.model_management.OOM_EXCEPTION) as error:
             self.steering.refusal = str(error)
             self.notes.warn(f"A prompt was not applied after chunk {position}. {error}")

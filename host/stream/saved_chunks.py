@@ -60,7 +60,6 @@ class Kind:
 
     shape: tuple[int, ...]  # (B, 16, 9, H, W)
     layout: HistoryLayout  # of the memory
-    anchored: bool
     watched: bool  # for drift: the memory holds statistics
 
     @classmethod
@@ -70,7 +69,6 @@ class Kind:
         return cls(
             (batch, channels, CHUNK_LATENTS, height, width),
             memory.layout,
-            memory.layout.keep_first_frame or memory.anchor is not None,
             watched or memory.statistics is not None,
         )
 
@@ -81,10 +79,9 @@ class Kind:
         tensors: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
             "latents": (self.shape, (torch.float32, torch.bfloat16, torch.float16)),
             "memory": ((batch, channels, self.layout.frames, height, width), kept),
+            "anchor": ((batch, channels, 1, height, width), kept),
             "rng_state": (tuple(torch.Generator().get_state().shape), (torch.uint8,)),
         }
-        if self.anchored:
-            tensors["anchor"] = ((batch, channels, 1, height, width), kept)
         if self.watched:
             tensors["mean"] = tensors["var"] = ((batch, channels), kept)
         return tensors

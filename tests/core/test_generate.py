@@ -250,7 +250,6 @@ def test_without_an_anchor_the_smallest_history_grows():
     layout = HistoryLayout(keep_first_frame=False)
     memory = Memory.empty(1, 4, 4, layout).push(torch.rand(1, 16, 9, 4, 4))
     past = memory.history()
-    assert memory.anchor is None
     assert (past.long.shape[2], past.mid.shape[2], past.short.shape[2]) == (16, 2, 2)
     assert past.indices.short == (18, 19)
     assert past.indices.noisy == tuple(range(20, 29))

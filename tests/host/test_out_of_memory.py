@@ -8,12 +8,15 @@ import torch
 
 from comfyui_helios.helios_core.video import VideoStart
 from comfyui_helios.host import out_of_memory
+from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.out_of_memory import check_room, memory_errors, ran_out
 from comfyui_helios.host.sockets.images import prepare_images, video_frames
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
+from comfyui_helios.nodes.text import HeliosTextEncode
 from harness import oracle
+from harness.tiny import make_official_folder
 from support.runs import QUICK, conditioning, run_node
 from support.streams import make_parts
 
@@ -100,6 +103,19 @@ def test_a_lack_of_memory_in_the_network_is_told_by_the_nodes_name(parts):
     prompts = [conditioning(prompt) for prompt in oracle.prompts()]
     with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="^Helios Chunked Sampler ran out of memory"):
         run_node(HeliosChunkedSampler, model, *prompts, {"samples": torch.zeros(1, 16, 9, 8, 8)}, QUICK, 3)
+
+
+def test_a_text_encoder_that_does_not_fit_is_not_cured_by_a_smaller_video(tmp_path, monkeypatch):
+    make_official_folder(tmp_path / "tiny", "distilled")
+    clip = load_text_encoder(tmp_path / "tiny", torch.float32)
+
+    def no_memory(tokens):
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr(clip, "encode_from_tokens_scheduled", no_memory)
+    message = r"^The text encoder ran out of memory when it asked for .* more\. Load it on the CPU: Load CLIP has"
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match=message):
+        run_node(HeliosTextEncode, clip, "a red fox", "")
 
 
 def test_a_batch_out_of_all_proportion_is_refused_before_it_takes_memory(parts, little, monkeypatch):

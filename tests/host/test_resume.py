@@ -86,7 +86,7 @@ def run(parts, prompt=GRAPH, schedule=DRIFTING, start=None, **settings):
 
 def opened(key, note=""):
     """The saved run of DRIFTING at the usual size."""
-    kind = resume.Kind((1, 16, 9, HEIGHT // 8, WIDTH // 8), resume.HistoryLayout(), anchored=True, watched=True)
+    kind = resume.Kind((1, 16, 9, HEIGHT // 8, WIDTH // 8), resume.HistoryLayout(), watched=True)
     return resume.open_run(key, kind, note)
 
 

@@ -24,11 +24,12 @@ def folder(tmp_path, monkeypatch):
 def test_memory_comes_back_as_it_was():
     layout = resume.HistoryLayout((4, 2, 3), keep_first_frame=False)
     statistics = resume.Statistics(torch.rand(2, 16), torch.rand(2, 16))
-    memory = resume.Memory(torch.rand(2, 16, layout.frames, 4, 6), None, layout, statistics, drifted=True)
+    past, anchor = torch.rand(2, 16, layout.frames, 4, 6), torch.rand(2, 16, 1, 4, 6)
+    memory = resume.Memory(past, anchor, layout, statistics, drifted=True)
     rng = torch.Generator().manual_seed(5)
     torch.randn(7, generator=rng)
     chunk = resume.SavedChunk(torch.rand(2, 16, 9, 4, 6).bfloat16(), memory, rng.get_state())
-    kind = resume.Kind(chunk.latents.shape, layout, anchored=False, watched=True)
+    kind = resume.Kind(chunk.latents.shape, layout, watched=True)
     with resume.open_run("a" * 64, kind, "") as saved:
         saved.save(0, chunk)
     with resume.open_run("a" * 64, kind, "") as again:
@@ -36,8 +37,9 @@ def test_memory_comes_back_as_it_was():
         loaded = again.load(0)
     assert loaded.latents.dtype == torch.bfloat16
     assert torch.equal(loaded.latents, chunk.latents)
-    assert (loaded.memory.layout, loaded.memory.anchor, loaded.memory.drifted) == (layout, None, True)
-    assert torch.equal(loaded.memory.latents, memory.latents)
+    assert (loaded.memory.layout, loaded.memory.drifted) == (layout, True)
+    assert torch.equal(loaded.memory.latents, past)
+    assert torch.equal(loaded.memory.anchor, anchor)
     assert torch.equal(loaded.memory.statistics.mean, statistics.mean)
     assert torch.equal(loaded.memory.statistics.var, statistics.var)
     restored = torch.Generator()

@@ -120,8 +120,9 @@ def test_save_video_only_remuxes(parts, tmp_path, container, codec, bit_depth):
     assert len(planes(saved)) == 66
 
 
-def test_the_tail_goes_on_as_the_samplers_latent_does(parts):
-    start = beginning(66)
+@pytest.mark.parametrize("before", [{}, {"keep_first_frame": False}], ids=["", "without the anchor so far"])
+def test_the_tail_goes_on_as_the_samplers_latent_does(parts, before):
+    start = beginning(66, **before)
     latent, _ = node_by_node(parts, start)
     _, tail = stream_video(parts, start)
     assert torch.equal(tail["samples"], latent["samples"][:, :, -9:])

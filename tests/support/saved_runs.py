@@ -10,7 +10,7 @@ from support.streams import cleaned_up
 KEY = "a" * 64
 SHAPE = (1, 16, 9, 4, 6)
 LAYOUT = HistoryLayout((4, 2, 3))
-KIND = Kind(SHAPE, LAYOUT, anchored=True, watched=True)
+KIND = Kind(SHAPE, LAYOUT, watched=True)
 
 
 def make_chunk() -> SavedChunk:
