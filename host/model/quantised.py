@@ -18,7 +18,8 @@ from ..compat import Settings, quantised_formats, quantised_linear, quantised_ma
 # The oldest ComfyUI that was seen to compute with a format.
 SINCE = {
     **dict.fromkeys(("float8_e5m2", "mxfp8", "nvfp4"), "0.24"),
-    **dict.fromkeys(("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"), "0.33"),
+    **dict.fromkeys(("int8_tensorwise", "convrot_w4a4"), "0.28"),
+    "asym_w4a8_int8": "0.33",
 }
 NOT_TRACED = ("convrot_w4a4", "asym_w4a8_int8")  # comfy-kitchen's products that torch.compile cannot see into
 IN_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "asym_w4a8_int8")  # their weights, or the scales of them

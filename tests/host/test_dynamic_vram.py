@@ -19,6 +19,8 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("comfy.memory_management", reason="this ComfyUI is older than dynamic VRAM (0.16)")
+if not hasattr(comfy.model_management, "STREAM_AIMDO_CAST_BUFFERS"):
+    pytest.skip("of this ComfyUI's dynamic VRAM (older than 0.24's) there is no stand-in", allow_module_level=True)
 
 from comfyui_helios.helios_core.checkpoint import published_name
 from comfyui_helios.helios_core.config import TransformerConfig
@@ -164,7 +166,8 @@ def test_the_card_has_the_numbers_of_the_cpu(folder):
 def test_quantised_files_stay_so(folder, tmp_path, quant):
     file = tmp_path / "a.safetensors"
     with as_module("convert_checkpoint") as script:
-        if script.QUANTISERS[quant].settings(64)["format"] not in quantised_formats():
+        # Not from its settings: an older comfy-kitchen has none for a format that it does not know.
+        if getattr(script.QUANTISERS[quant], "format", "float8_e4m3fn") not in quantised_formats():
             pytest.skip(f"this ComfyUI does not know {quant}")
         assert script.main([str(folder), str(file), "--quant", quant, "--keep"]) == 0
     expected = plainly(lambda: latents(load_model(str(file), "bf16")))
