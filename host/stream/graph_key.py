@@ -58,7 +58,7 @@ def graph_key(prompt: Prompt, node_id: str) -> str:
             kind, inputs = prompt[node]["class_type"], prompt[node]["inputs"]
             kept = {name: inputs[name] for name in inputs if name not in NOT_LATENTS.get(kind, ())}
             values = {name: resolve(value) for name, value in kept.items()}
-            named = [[text, files.lasting(text)] for text in sorted(set(_texts(list(kept.values()))))]
+            named = [[text, files.lasting(text)] for text in sorted(set(_texts(kept)))]
             _check_as_started(prompt[node], files)
             known[node] = _sha256([KEY_FORMAT, kind, values, named])
         return known[node]
