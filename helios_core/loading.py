@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, loaded_dtypes, open_checkpoint
 from .quantised import ONE_SCALE, read_parts
+from .quoting import some
 from .regular_file import CheckpointError
-from .safetensors_file import read_tensors, some
+from .safetensors_file import read_tensors
 from .scaled_linear import ScaledLinear, dequantise
 from .transformer import HeliosTransformer
 

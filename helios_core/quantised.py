@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .json_file import parse_json
-from .quoting import quoted
+from .quoting import quoted, some
 from .regular_file import CheckpointError
-from .safetensors_file import StoredTensor, read_tensors, some
+from .safetensors_file import StoredTensor, read_tensors
 
 METADATA_KEY = "_quantization_metadata"  # of a file: JSON, formats by layer
 MARK = "comfy_quant"  # beside a layer's weight: the same as bytes, a layer at a time
