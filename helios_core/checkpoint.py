@@ -18,9 +18,9 @@ import torch
 from .config import TransformerConfig, Variant
 from .json_file import parse_json, read_json, read_json_if_there
 from .quantised import ONE_SCALE, QuantisedLayer, misfits, read_text, split_quantised
-from .quoting import quoted
+from .quoting import SHOWN, quoted, some
 from .regular_file import CheckpointError, FileFacts
-from .safetensors_file import DTYPES, PICKLES, SHOWN, StoredTensor, read_headers, read_index, some
+from .safetensors_file import DTYPES, PICKLES, StoredTensor, read_headers, read_index
 from .transformer import HeliosTransformer
 
 CONFIG_KEY, VARIANT_KEY = "helios_config", "helios_variant"  # in the metadata of files that we write

@@ -28,23 +28,6 @@ FIXED: dict[str, Any] = {
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
 }
-SIZES = (
-    "num_attention_heads",
-    "attention_head_dim",
-    "in_channels",
-    "out_channels",
-    "text_dim",
-    "freq_dim",
-    "ffn_dim",
-    "num_layers",
-)
-SWITCHES = (
-    "cross_attn_norm",
-    "guidance_cross_attn",
-    "zero_history_timestep",
-    "has_multi_term_memory_patch",
-    "is_amplify_history",
-)
 LARGEST = 65536  # of any size of a network; its largest matrix can still be counted
 
 
@@ -98,7 +81,7 @@ class TransformerConfig:
     history_scale_mode: Literal["scalar", "per_head"] = "per_head"
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in SIZES}
+        sizes = self._fields("int")
         sizes |= {f"{name}[{i}]": getattr(self, name)[i] for name in ("patch_size", "rope_dim") for i in range(3)}
         for name, value in sizes.items():
             if type(value) is not int or not 1 <= value <= LARGEST:
@@ -113,12 +96,12 @@ class TransformerConfig:
                 f"num_attention_heads {self.num_attention_heads} times attention_head_dim {self.attention_head_dim} "
                 f"must be at most {LARGEST}."
             )
-        for name in SWITCHES:
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be true or false, got {quoted(getattr(self, name))}.")
-        for name in ("eps", "rope_theta"):
-            if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be a number above 0, got {quoted(getattr(self, name))}.")
+        for name, value in self._fields("bool").items():
+            if type(value) is not bool:
+                raise ValueError(f"{name} must be true or false, got {quoted(value)}.")
+        for name, value in self._fields("float").items():
+            if not is_number(value) or not value > 0:
+                raise ValueError(f"{name} must be a number above 0, got {quoted(value)}.")
         if sum(self.rope_dim) != self.attention_head_dim or any(axis % 2 for axis in self.rope_dim):
             raise ValueError(
                 f"rope_dim {self.rope_dim} must be three even numbers that add up to "
@@ -129,6 +112,10 @@ class TransformerConfig:
         if self.history_scale_mode not in ("scalar", "per_head"):
             mode = quoted(self.history_scale_mode)
             raise ValueError(f"history_scale_mode must be 'scalar' or 'per_head', got {mode}.")
+
+    def _fields(self, kind: str) -> dict[str, Any]:
+        """Those that are declared as this."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == kind}
 
     @property
     def inner_dim(self) -> int:

@@ -14,9 +14,10 @@ def name_of(device: torch.device) -> str:
     return {"privateuseone": "DirectML"}.get(device.type, device.type)
 
 
-def too_old_for_triton(device: torch.device) -> str | None:
-    """Why Triton is not to be tried on this CUDA card, where it may end the process; None on newer ones."""
+def too_old_for_triton(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why Triton is not to be tried on this CUDA card in a dtype, where it may end the process; None on newer ones."""
+    needed, what = ((8, 0), "Triton in bf16") if dtype == torch.bfloat16 else ((7, 0), "Triton")
     capability = torch.cuda.get_device_capability(device)
-    if capability >= (7, 0):
+    if capability >= needed:
         return None
-    return f"Triton needs a GPU of compute capability 7.0, this one has {capability[0]}.{capability[1]}."
+    return f"{what} needs a GPU of compute capability {needed[0]}.0, this one has {capability[0]}.{capability[1]}."

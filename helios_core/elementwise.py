@@ -71,15 +71,15 @@ def fused_where_possible(x: Tensor) -> ModuleType:
     """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton itself, on any device
     possible = (x.is_cuda or interpreted) and not torch.is_grad_enabled() and x.stride(-1) == 1
-    fused = None if torch.compiler.is_compiling() or not possible else _fused(x.device)
+    fused = None if torch.compiler.is_compiling() or not possible else _fused(x.device, x.dtype)
     return sys.modules[__name__] if fused is None else fused
 
 
 @cache
-def _fused(device: torch.device) -> ModuleType | None:
-    """The kernels, if Triton is here, knows this device, and finds the compiler it builds its launchers with."""
+def _fused(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The kernels, if Triton is here, knows device and dtype, and finds the compiler it builds its launchers with."""
     if device.type == "cuda":  # where Triton may end the process
-        reason = "on AMD cards they were never tried." if torch.version.hip else too_old_for_triton(device)
+        reason = "on AMD cards they were never tried." if torch.version.hip else too_old_for_triton(device, dtype)
         if reason:
             logger.info("Without fused kernels: %s", reason)
             return None

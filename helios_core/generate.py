@@ -47,11 +47,6 @@ class Chunk:
     last: bool = False  # of its run
 
 
-def nothing_more(index: int) -> bool:
-    """The run has the length that it was given."""
-    return False
-
-
 @dataclass(frozen=True)
 class Run:
     """What is to be denoised: `chunks` chunks that follow on `memory`, and further ones while `more` says so."""
@@ -63,7 +58,7 @@ class Run:
     first_index: int = 0  # chunks that this video has already: amplification is for chunk 0 alone
     # Take the second chunk's first latent frame for the anchor: a cure for image-to-video that starts static.
     skip_first_chunk: bool = False
-    more: Callable[[int], bool] = nothing_more  # whether to make chunk `index`, after the `chunks`; asked before each
+    more: Callable[[int], bool] | None = None  # whether to make chunk `index`, after the `chunks`; asked before each
 
     @property
     def chunk_shape(self) -> tuple[int, int, int, int, int]:
@@ -77,7 +72,7 @@ class Run:
 
     def goes_on(self, made: int) -> bool:
         """Whether another chunk is to follow on the first `made`."""
-        return made < self.chunks or self.more(self.first_index + made)
+        return made < self.chunks or (self.more is not None and self.more(self.first_index + made))
 
     def after(self, done: int, memory: Memory) -> Run:
         """The run of the remaining chunks, where the first `done` exist already and `memory` ends with them."""

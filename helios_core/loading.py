@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, loaded_dtypes, open_checkpoint
-from .quantised import ONE_SCALE, QuantisedLayer, read_parts
+from .quantised import ONE_SCALE, read_parts
+from .quoting import some
 from .regular_file import CheckpointError
-from .safetensors_file import read_tensors, some
+from .safetensors_file import read_tensors
 from .scaled_linear import ScaledLinear, dequantise
 from .transformer import HeliosTransformer
 
@@ -26,17 +27,10 @@ def load_transformer(path: Path | str, dtype: torch.dtype = torch.bfloat16) -> H
     network = HeliosTransformer(checkpoint.config, dtype=dtype, device="meta")
     if others := {layer.format for layer in checkpoint.quantised.values()} - ONE_SCALE.keys():
         raise CheckpointError(f"{path} has layers in {some(sorted(others))}, which only ComfyUI computes with.")
-    replace_quantised(network, checkpoint, lambda linear, layer: ScaledLinear(linear, ONE_SCALE[layer.format]))
+    layers = checkpoint.quantised_blocks
+    replace_layers(network, layers, lambda name, linear: ScaledLinear(linear, ONE_SCALE[layers[name].format]))
     load_weights(network, checkpoint, dtype)
     return network.eval().requires_grad_(False)
-
-
-def replace_quantised(
-    network: nn.Module, checkpoint: Checkpoint, make: Callable[[nn.Linear, QuantisedLayer], nn.Module]
-) -> None:
-    """Put what `make` makes in the place of a network's Linears that stay quantised."""
-    layers = checkpoint.quantised_blocks
-    replace_layers(network, layers, lambda name, linear: make(linear, layers[name]))
 
 
 def replace_layers(network: nn.Module, names: Iterable[str], make: Callable[[str, nn.Linear], nn.Module]) -> None:
@@ -59,7 +53,7 @@ def load_weights(
 
     Weights that are stored as they are used stay mapped to the file; the others are converted one by one, so this
     takes no more memory than they do in the end. on_tensor is called after each. marks: what else the layers that
-    `replace_quantised` has put there ask for.
+    `replace_layers` has put there ask for.
     """
     # Not from the network's own parameters: newer hosts on Windows make a Linear's only when weights are loaded.
     targets = loaded_dtypes(checkpoint, dtype)

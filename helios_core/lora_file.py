@@ -13,9 +13,9 @@ from typing import Any
 from .config import is_number
 from .json_file import parse_json
 from .lora_names import lora_names
-from .quoting import printable, quoted
+from .quoting import printable, quoted, some
 from .regular_file import CheckpointError
-from .safetensors_file import DTYPES, StoredTensor, read_headers, some
+from .safetensors_file import DTYPES, StoredTensor, read_headers
 
 Shape = tuple[int, ...]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .json_file import parse_json
-from .quoting import quoted
+from .quoting import quoted, some
 from .regular_file import CheckpointError
-from .safetensors_file import StoredTensor, read_tensors, some
+from .safetensors_file import StoredTensor, read_tensors
 
 METADATA_KEY = "_quantization_metadata"  # of a file: JSON, formats by layer
 MARK = "comfy_quant"  # beside a layer's weight: the same as bytes, a layer at a time
@@ -169,7 +169,8 @@ def split_quantised(
         told = {own_layer(layer): x for layer, x in _metadata_settings(path, metadata[METADATA_KEY]).items()}
         # A file may hold text encoders as well.
         settings |= {layer: values for layer, values in told.items() if f"{layer}.weight" in rest}
-    settings |= _marked_settings(path, rest)
+    for mark in [name for name in rest if name.endswith(f".{MARK}")]:
+        settings[mark.removesuffix(f".{MARK}")] = read_text(path, rest.pop(mark))
     layers = {}
     for layer, values in settings.items():
         if not isinstance(name := values.get("format"), str) or name not in FORMATS:
@@ -264,13 +265,6 @@ def _metadata_settings(path: Path, text: str) -> dict[str, dict[str, Any]]:
             f"The metadata {METADATA_KEY!r} of {path} is damaged ({error}). Download the file again."
         ) from error
     return layers
-
-
-def _marked_settings(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, dict[str, Any]]:
-    settings = {}
-    for name in [name for name in tensors if name.endswith(f".{MARK}")]:
-        settings[name.removesuffix(f".{MARK}")] = read_text(path, tensors.pop(name))
-    return settings
 
 
 def read_text(path: Path, stored: StoredTensor) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import reprlib
 import unicodedata
+from collections.abc import Collection
 from pathlib import PurePath
 from typing import TypeVar
 
 LONGEST = 4000  # characters of a whole message
+SHOWN = 10  # names that a message lists before it only counts
 JOINERS = "\u200c\u200d"  # unprintable to Python, but Persian and many emoji are not readable without them
 
 Error = TypeVar("Error", bound=Exception)
@@ -37,6 +39,13 @@ def quoted(text: object, limit: int = 80) -> str:
 def printable(message: object, limit: int = LONGEST) -> str:
     """A whole message of one or more lines, whatever went into it. Printable, cut after `limit`."""
     return _escaped(str(message), limit, kept="\n")
+
+
+def some(names: Collection[object], total: int | None = None) -> str:
+    """Names for a message: the first, and how many more there are of `total`, where `names` is only a part of all."""
+    shown = ", ".join(printable(name, limit=160) for name in list(names)[:SHOWN])
+    more = (total or len(names)) - SHOWN
+    return shown + (f", and {more} more" if more > 0 else "")
 
 
 def _escaped(text: str, limit: int, kept: str = "") -> str:

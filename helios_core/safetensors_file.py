@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from .json_file import MAX_BYTES, parse_json, read_json
-from .quoting import printable, quoted
+from .quoting import quoted, some
 from .regular_file import CheckpointError, FileFacts, open_regular
 
 FORMAT_LIMIT = 100_000_000  # bytes that the format allows a header
 MAX_RANK = 16
-SHOWN = 10  # names an error lists before it only counts
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 DTYPES = {
     "F32": torch.float32,
@@ -251,10 +250,3 @@ def _kind(start: bytes) -> str:
 
 def _truncated(source: FileFacts, expected: int) -> str:
     return f"{source.path} is truncated: {source.size} bytes are there of at least {expected}. Download it again."
-
-
-def some(names: Collection[object], total: int | None = None) -> str:
-    """Names for a message: the first, and how many more there are of `total`, where `names` is only a part of all."""
-    shown = ", ".join(printable(name, limit=160) for name in list(names)[:SHOWN])
-    more = (total or len(names)) - SHOWN
-    return shown + (f", and {more} more" if more > 0 else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -136,7 +136,8 @@ class PromptTrack:
 
     def turned(self, turn: Turn) -> PromptTrack:
         """The track from turn.chunk on, which is all that it still knows: of what was before, the mixture reached."""
-        return PromptTrack((self.at(max(0, turn.chunk - 1)),), (1,), 0, (turn,))
+        before = replace(self, turns=tuple(other for other in self.turns if other.chunk < turn.chunk))
+        return PromptTrack((before.at(max(0, turn.chunk - 1)),), (1,), 0, (turn,))
 
     def _scheduled(self, index: int) -> Tensor:
         """The weights of a blend are linspace(0, 1, blend), as in the authors' repository: the first chunk of a new

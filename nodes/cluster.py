@@ -9,7 +9,7 @@ from ..host.cluster.ray_cluster import check_address
 from ..host.cluster.remote_model import on_several_cards
 from ..host.compat import advanced, schema
 from ..host.messages import Notes
-from ..host.sampling.inputs import check_model
+from ..host.model.base_model import check_model
 
 MOST_CARDS = 40  # as many as there are heads
 

@@ -195,8 +195,9 @@ class HeliosHistoryInjection(io.ComfyNode):
             batch_size = batch_of(len(images), batch_size)
             start = replace(start, source=encode_image(vae, images))
         elif video is not None:
-            first, last, skipped = needed_frames(video_frames(video), start.layout.frames)
-            first, last = (prepare_images(part, width, height, fit) for part in (first, last))
+            images, shown = video_frames(video)
+            begin, skipped = needed_frames(len(shown), start.layout.frames)
+            first, last = (prepare_images(images, width, height, fit, part) for part in (shown[:1], shown[begin:]))
             start = replace(start, source=encode_video(vae, first, last, skipped))
         elif previous is not None:
             start, memory, carried = follow(start, previous)

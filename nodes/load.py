@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..helios_core.checkpoint import open_checkpoint
 from ..host.compat import advanced, schema
+from ..host.files.named_files import fingerprint
 from ..host.files.official import find_folder, list_folders, read_schedule
 from ..host.files.single_file import find_file, list_files
 from ..host.files.text_encoder import load_text_encoder
@@ -17,7 +18,6 @@ from ..host.files.vae import load_vae
 from ..host.messages import Notes
 from ..host.model.loading import DTYPE_CHOICES, DTYPES, DtypeChoice, converted_on_reading, make_model
 from ..host.model.offload_patcher import WEIGHTS_IN, Offloading, offloading
-from ..host.stream.graph_key import fingerprint
 from ..host.widget_checks import found
 from .inputs import HeliosScheduleSocket, offload_inputs
 

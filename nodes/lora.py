@@ -7,11 +7,11 @@ from functools import partial
 from comfy_api.latest import io
 
 from ..host.compat import schema
+from ..host.files.named_files import fingerprint
 from ..host.files.single_file import find_file, list_files
 from ..host.messages import Notes
+from ..host.model.base_model import check_model
 from ..host.model.lora import add_lora
-from ..host.sampling.inputs import check_model
-from ..host.stream.graph_key import fingerprint
 from ..host.widget_checks import found
 
 

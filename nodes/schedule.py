@@ -195,7 +195,7 @@ class HeliosAntiDrift(io.ComfyNode):
                 ),
                 drift_input("strength", DRIFT.strength, "Deviation of the noise that is added to the history."),
             ],
-            outputs=[HeliosScheduleSocket.Output(display_name="schedule")],
+            outputs=schedule_output(),
         )
 
     @classmethod

@@ -18,8 +18,9 @@ from output_file import check_target, replacing, run
 from helios_core.checkpoint import PREFIXES, Checkpoint, open_checkpoint, own_name, published_name
 from helios_core.config import TransformerConfig
 from helios_core.lora_file import by_weight, metadata_alphas
+from helios_core.quoting import some
 from helios_core.regular_file import CheckpointError
-from helios_core.safetensors_file import PICKLES, StoredTensor, read_headers, read_tensors, some
+from helios_core.safetensors_file import PICKLES, StoredTensor, read_headers, read_tensors
 from helios_core.transformer import HeliosTransformer
 
 PREFIX = "diffusion_model."  # that hosts know

@@ -1,1 +1,1 @@
-"""What lies in the models folders: official repositories, their CLIP and VAE, prompt files."""
+"""What lies in the folders of models and inputs: official repositories, their CLIP and VAE, prompt files."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...helios_core.json_file import read_json
-from ...helios_core.quoting import quoted
+from ...helios_core.quoting import quoted, some
 from ...helios_core.regular_file import CheckpointError
-from ...helios_core.safetensors_file import DTYPES, StoredTensor, read_headers, read_index, some
+from ...helios_core.safetensors_file import DTYPES, StoredTensor, read_headers, read_index
 from .shipped import part_path
 
 DOWNLOAD = (

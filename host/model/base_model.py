@@ -128,6 +128,16 @@ class HeliosModel(comfy.model_base.BaseModel):
         return tokens * max(attention, feed_forward) + prompts * text_bytes_per_token(network, dtype)
 
 
+def check_model(node: str, model_patcher: Any) -> None:
+    """Raise ValueError for a MODEL that is not one of ours, with the name of the node that got it."""
+    model = getattr(model_patcher, "model", model_patcher)
+    if not isinstance(model, HeliosModel):
+        raise ValueError(
+            f"{node} needs a Helios model, got {type(model).__name__}. "
+            "Load one with Helios Model Loader or Helios Diffusers Loader."
+        )
+
+
 class HeliosModelConfig(comfy.supported_models_base.BASE):
     unet_config: dict[str, Any] = {}
     unet_extra_config: dict[str, Any] = {}

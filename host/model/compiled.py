@@ -16,7 +16,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from ...helios_core.devices import name_of, too_old_for_triton
 from ..compat import static_clone
 from ..messages import Notes
-from .base_model import HeliosModel
+from .base_model import HeliosModel, check_model
 from .quantised import NOT_TRACED
 
 TIMING_KEY = "helios_compile_time"
@@ -56,14 +56,9 @@ def compile_blocks(patcher: Any, backend: str, mode: str, node_id: str | None) -
 
     Where it cannot be done the node says so, and the MODEL comes back as it is. Raises ValueError for other models.
     """
-    model = getattr(patcher, "model", patcher)
-    if not isinstance(model, HeliosModel):
-        raise ValueError(
-            f"Helios Compile needs a Helios model, got {type(model).__name__}. "
-            "Connect one of our loaders, or take ComfyUI's own TorchCompileModel for others."
-        )
+    check_model("Helios Compile", patcher)
     notes = Notes(node_id)
-    if reason := why_not(patcher.load_device, backend) or not_traced(model):
+    if reason := why_not(patcher.load_device, backend) or not_traced(patcher.model):
         notes.warn(f"Not compiled: {reason} The model runs as it is, with the same result.")
         return patcher
     clone = static_clone(patcher)  # compiled code does not follow weights that are streamed in

@@ -106,7 +106,7 @@ def make_model(
     model.recipe = (str(checkpoint.path), dtype, offloading)
     bar = comfy.utils.ProgressBar(len(checkpoint.tensors))
     compute_dtype = cast_dtype or weight_dtype
-    marks = use_quantised_layers(model.diffusion_model, checkpoint, config.quantised, compute_dtype, load_device)
+    marks = use_quantised_layers(model.diffusion_model, config.quantised, compute_dtype, load_device)
     load_weights(model.diffusion_model, checkpoint, weight_dtype, on_tensor=lambda: bar.update(1), marks=marks)
     model.diffusion_model.requires_grad_(False)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...helios_core.checkpoint import Checkpoint
 from ...helios_core.devices import name_of
-from ...helios_core.loading import replace_quantised
+from ...helios_core.loading import replace_layers
 from ...helios_core.regular_file import CheckpointError
 from ..compat import Settings, quantised_formats, quantised_linear, quantised_marks
 
@@ -66,7 +66,7 @@ def check_formats(checkpoint: Checkpoint) -> None:
 
 
 def use_quantised_layers(
-    network: nn.Module, checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype, device: torch.device
+    network: nn.Module, settings: Settings, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Put the host's quantised layers into a network that is on meta; returns what loading must give them beside.
 
@@ -77,5 +77,5 @@ def use_quantised_layers(
         return {}
     linear: Any = type("Linear", (InEitherMode, quantised_linear(settings, dtype, device)), {})
     # On the CPU: what they are given they move to where they were made, and away from the file they are mapped to.
-    replace_quantised(network, checkpoint, lambda old, _: linear(old.in_features, old.out_features, device="cpu"))
+    replace_layers(network, settings, lambda _, old: linear(old.in_features, old.out_features, device="cpu"))
     return quantised_marks(settings)

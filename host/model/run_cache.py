@@ -20,14 +20,13 @@ COMPILE_KEY = "torch.compile"  # of the host's own wrapper, which leaves the net
 
 # Places where other nodes can change what the network is given, or its weights, between two steps.
 WRAPPERS = (WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
-OPTIONS = (
+GUIDANCE_FUNCTIONS = (
     "sampler_calc_cond_batch_function",
     "sampler_pre_cfg_function",
     "sampler_cfg_function",
     "sampler_post_cfg_function",
-    "model_function_wrapper",
-    "context_handler",
 )
+OPTIONS = (*GUIDANCE_FUNCTIONS, "model_function_wrapper", "context_handler")
 
 # MultiGPU CFG Split (0.33) has a thread for each card. Not the cache's own: other nodes may copy what it lies in.
 _one_at_a_time = Lock()

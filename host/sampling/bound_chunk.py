@@ -15,19 +15,12 @@ from ...helios_core.guidance import projection
 from ...helios_core.schedule import TRAIN_STEPS, Schedule
 from ..model.base_model import FlowSampling
 from ..model.foreign_patches import refusing_by_name
+from ..model.run_cache import GUIDANCE_FUNCTIONS
 
 if TYPE_CHECKING:
     from .guider import HeliosGuider
 
 STEP_KEY = "helios_step"  # in the model_options of a prediction
-
-GUIDANCE_HOOKS = (
-    "sampler_calc_cond_batch_function",
-    "sampler_pre_cfg_function",
-    "sampler_cfg_function",
-    "sampler_post_cfg_function",
-    "disable_cfg1_optimization",
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class BoundStep:
         """The guided flow at x (B, 16, 9, h, w); timestep (B,) in the host's unit."""
         chunk, schedule = self.chunk, self.schedule
         positive, negative = chunk.conds["positive"], chunk.conds.get("negative")
-        if any(options.get(hook) for hook in GUIDANCE_HOOKS):
+        if any(options.get(name) for name in (*GUIDANCE_FUNCTIONS, "disable_cfg1_optimization")):
             return self._hooked(x, timestep, positive, negative, options, seed)
         if not schedule.guided:
             negative = None

@@ -14,7 +14,7 @@ from ...helios_core.history import Memory
 from ...helios_core.schedule import Schedule
 from ...helios_core.video import EncodedPast, VideoStart, VideoState
 from ..compat import noise_scale
-from ..model.base_model import FlowSampling, HeliosModel
+from ..model.base_model import FlowSampling, check_model
 from ..model.foreign_patches import check_model_options, node_of
 from ..out_of_memory import check_room
 from ..sockets.conditioning import TRACK_KEY, check_conditioning, find_history, is_changed, without_changed_tracks
@@ -77,16 +77,6 @@ def prepare(
     guider = HeliosGuider(model, run)
     guider.set_conds(positive, without_changed_tracks(negative))
     return guider
-
-
-def check_model(node: str, model_patcher: Any) -> None:
-    """Raise ValueError for a MODEL that is not one of ours, with the name of the node that got it."""
-    model = getattr(model_patcher, "model", model_patcher)
-    if not isinstance(model, HeliosModel):
-        raise ValueError(
-            f"{node} needs a Helios model, got {type(model).__name__}. "
-            "Load one with Helios Model Loader or Helios Diffusers Loader."
-        )
 
 
 def check_sampled_model(node: str, model_patcher: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from .latent import is_plain, normalise
 from .vae import WANTED
 
 Fit = Literal["crop", "pad", "stretch"]
+MOST_FRAMES = 10**6  # of a video at 24 fps: eleven hours
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)
 
 
@@ -39,21 +41,23 @@ def check_images(images: Any) -> None:
         )
 
 
-def prepare_images(images: Tensor, width: int, height: int, fit: Fit) -> Tensor:
+def prepare_images(images: Tensor, width: int, height: int, fit: Fit, picked: Sequence[int] | None = None) -> Tensor:
     """Images (F, H, W, 1..4 channels), float in 0..1 or 8 bit -> (F, height, width, 3) float32 in 0..1.
 
-    crop fills the size and cuts the centre, pad puts the whole image between black bars, stretch ignores the aspect
-    ratio. Grey becomes RGB and alpha is dropped. Raises ValueError for what is no image, NaN and inf included.
+    picked: which of them; None for all. crop fills the size and cuts the centre, pad puts the whole image between black
+    bars, stretch ignores the aspect ratio. Grey becomes RGB and alpha is dropped. Raises ValueError for what is no
+    image, NaN and inf included.
     """
     check_images(images)
-    shape = (len(images), height, width, 3)
+    picked = range(len(images)) if picked is None else picked
+    shape = (len(picked), height, width, 3)
     needed = math.prod(shape) * torch.float32.itemsize
-    check_room(f"{len(images)} images of {width}x{height}", needed, images.device)
+    check_room(f"{len(picked)} images of {width}x{height}", needed, images.device)
     prepared = torch.zeros(shape, device=images.device)
     # One by one: a long video in its own size may not fit into memory a second time.
-    for number, (image, canvas) in enumerate(zip(images, prepared, strict=True), start=1):
+    for index, canvas in zip(picked, prepared, strict=True):
         check_interrupt()
-        frame = _rgb(image, number)
+        frame = _rgb(images[index], index + 1)
         if fit == "crop":
             frame = _centre(frame, *_inside(frame, canvas))
         elif fit == "pad":
@@ -97,14 +101,15 @@ def _resized(image: Tensor, height: int, width: int) -> Tensor:
     return scaled[0].movedim(0, -1)
 
 
-def video_frames(video: Any) -> Tensor:
-    """The frames (F, H, W, C) of a VIDEO at 24 fps; an IMAGE batch, which has no rate, as it is.
+def video_frames(video: Any) -> tuple[Tensor, Sequence[int]]:
+    """Images (F, H, W, C), and which of them a VIDEO shows at 24 fps; of an IMAGE batch, which has no rate, all.
 
-    A VIDEO of another rate keeps its duration: each new frame is what the video shows in the middle of its time.
+    They are not copied, since few of a long video are needed. A VIDEO of another rate keeps its duration: each new
+    frame is what the video shows in the middle of its time.
     """
     if isinstance(video, Tensor):
         check_images(video)
-        return video
+        return video, range(len(video))
     if not callable(getattr(video, "get_components", None)):
         raise ValueError(
             f"`video` got a value of the type {type(video).__name__}; expected a VIDEO or IMAGE. Connect the output of "
@@ -113,12 +118,16 @@ def video_frames(video: Any) -> Tensor:
     components = video.get_components()
     images, rate = components.images, _frame_rate(components.frame_rate)
     if rate == FRAME_RATE or len(images) == 0:
-        return images
+        return images, range(len(images))
     check_images(images)
     step = rate / FRAME_RATE
     count = max(1, round(len(images) / step))
-    check_room(f"The video's {count} frames at {FRAME_RATE} a second", count * images[:1].nbytes, images.device)
-    return images[[min(int((i + Fraction(1, 2)) * step), len(images) - 1) for i in range(count)]]
+    if count > MOST_FRAMES:
+        raise ValueError(
+            f"The video has {count} frames at {FRAME_RATE} a second; expected at most {MOST_FRAMES}. Cut it, or "
+            "correct its frame rate."
+        )
+    return images, [min(int((i + Fraction(1, 2)) * step), len(images) - 1) for i in range(count)]
 
 
 def _frame_rate(rate: Any) -> Fraction:
@@ -146,13 +155,12 @@ def encode_image(vae: Any, images: Tensor) -> EncodedPast:
     return EncodedPast(torch.cat(anchors), torch.cat(lasts))
 
 
-def needed_frames(frames: Tensor, latents: int) -> tuple[Tensor, Tensor, int]:
-    """Of a video (F, H, W, C) at 24 fps: its first frame, the last whole chunks of 33 that a history of so many latent
+def needed_frames(count: int, latents: int) -> tuple[int, int]:
+    """Of a video of so many frames at 24 fps: where its last whole chunks of 33 begin that a history of so many latent
     frames reaches, and how many whole chunks there are before those.
 
     Raises ValueError for fewer than 33 frames.
     """
-    count = len(frames)
     if count < CHUNK_FRAMES:
         raise ValueError(
             f"The video has {count} frame{'s' if count > 1 else ''} at {FRAME_RATE} fps; expected at least "
@@ -160,11 +168,11 @@ def needed_frames(frames: Tensor, latents: int) -> tuple[Tensor, Tensor, int]:
         )
     chunks = count // CHUNK_FRAMES
     kept = min(chunks, math.ceil(latents / CHUNK_LATENTS))
-    return frames[:1], frames[count - kept * CHUNK_FRAMES :], chunks - kept
+    return count - kept * CHUNK_FRAMES, chunks - kept
 
 
 def encode_video(vae: Any, first: Tensor, last: Tensor, skipped: int = 0) -> EncodedPast:
-    """Prepared parts of a video, as `needed_frames` names them -> what a video-to-video begins from.
+    """Prepared parts of a video, its first frame and its last chunks -> what a video-to-video begins from.
 
     Raises ValueError if the VAE is not of Wan 2.1's shape.
     """

@@ -9,7 +9,6 @@ from typing import Any
 
 from comfy.model_management import InterruptProcessingException
 
-from ...helios_core.generate import nothing_more
 from ..messages import Notes
 from ..sampling.guider import HeliosGuider
 from ..sockets.prompt_changes import MOST_CHUNKS
@@ -30,7 +29,7 @@ def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: N
         yield None
         return
     run = guider.run
-    endless = run.more is not nothing_more
+    endless = run.more is not None
     kind = Kind.after(guider.memory, watched=run.schedule.anti_drift is not None)
     note = about(run.chunk_shape, run.chunks, run.rng.initial_seed(), first_prompt(prompt, node_id))
     with open_run(graph_key(prompt, node_id), kind, note) as saved:
@@ -41,7 +40,7 @@ def pick_up(guider: HeliosGuider, prompt: dict[str, Any], node_id: str, notes: N
             last = saved.load(done - 1)
             guider.resume(done, last.memory, last.rng_state)
             if last.finished:
-                run = guider.run = replace(run, chunks=done, more=nothing_more)
+                run = guider.run = replace(run, chunks=done, more=None)
         if not run.goes_on(done):
             notes.inform(f"All chunks ({done}) were saved: nothing is sampled, the video is encoded again.")
         elif done:

@@ -22,6 +22,7 @@ from ...helios_core.config import CHUNK_LATENTS
 from ...helios_core.history import HistoryLayout, Memory, Statistics
 from ...helios_core.json_file import parse_json
 from ...helios_core.quoting import known_by_its_name, quoted
+from ...helios_core.safetensors_file import KNOWN
 from ..progress import check_interrupt
 from ..sockets.prompt_changes import Change
 from .plain_files import disk_errors, in_background, ordinary, written_whole
@@ -29,7 +30,6 @@ from .run_folder import claimed, remove_old, run_folder, tidy
 
 CHUNK_FORMAT = "helios chunk 2"
 MAX_HEADER = 1_000_000  # bytes of a chunk's file beside its tensors; they are a few hundred
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 WRONG = {
     "format": "it is no chunk of Helios, or of another version",
     "key": "it belongs to another graph",
@@ -45,7 +45,7 @@ class BadChunk(ValueError):
 
 @dataclass(frozen=True)
 class SavedChunk:
-    """A chunk as it was finished, on the CPU."""
+    """A chunk as it was finished."""
 
     latents: Tensor  # (B, 16, 9, H, W), normalised
     memory: Memory  # with this chunk in it
@@ -207,7 +207,7 @@ def _read_file(path: Path, kind: Kind) -> tuple[dict[str, Tensor], dict[str, str
         raise BadChunk(f"{path} is no chunk of this video: it holds {quoted(sorted(stored))}.")
     tensors = {}
     for name, (shape, dtypes) in expected.items():
-        found, dtype = tuple(stored[name]["shape"]), DTYPES.get(stored[name]["dtype"])
+        found, dtype = tuple(stored[name]["shape"]), KNOWN.get(stored[name]["dtype"])
         if found != shape or dtype not in dtypes:
             raise BadChunk(f"{path} is no chunk of this video: {name} is {stored[name]['dtype']} {quoted(found)}.")
         tensors[name] = torch.frombuffer(bytearray(stored[name]["data"]), dtype=dtype).reshape(shape)

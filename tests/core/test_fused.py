@@ -20,13 +20,17 @@ def test_a_processor_has_none():
         assert elementwise.fused_where_possible(torch.zeros(1, 2, 4)) is elementwise
 
 
-@pytest.mark.parametrize(("hip", "capability"), [(None, (6, 1)), ("6.4", (9, 4))], ids=["Pascal", "AMD"])
-def test_cards_on_which_triton_may_end_the_process_have_none(monkeypatch, hip, capability):
+@pytest.mark.parametrize(
+    ("hip", "capability", "dtype"),
+    [(None, (6, 1), torch.float16), (None, (7, 5), torch.bfloat16), ("6.4", (9, 4), torch.float16)],
+    ids=["Pascal", "Turing in bf16", "AMD"],
+)
+def test_cards_on_which_triton_may_end_the_process_have_none(monkeypatch, hip, capability, dtype):
     fused = pytest.importorskip("comfyui_helios.helios_core.fused")
     monkeypatch.setattr(fused, "try_out", lambda device: pytest.fail("tried out"))
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert elementwise._fused(torch.device("cuda:0")) is None
+    assert elementwise._fused(torch.device("cuda:0"), dtype) is None
 
 
 def test_without_triton_there_are_none(monkeypatch):

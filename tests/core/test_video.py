@@ -254,6 +254,13 @@ def test_a_track_that_is_turned_on_the_way_says_the_same_and_stays_small():
         assert torch.equal(steered.at(index), whole.at(index))
 
 
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_a_turn_takes_the_place_of_another_at_its_chunk(chunk):
+    first, second = (Turn(chunk, prompt(value), 2) for value in (100, 200))
+    alone = shown(replace(SCHEDULED, turns=(second,)), 5)
+    assert shown(replace(SCHEDULED, turns=(first,)).turned(second), 5) == alone
+
+
 def chunk_of(mean, std):
     """A chunk whose channels all have this mean and (sample) deviation."""
     values = torch.tensor([-1.0, 1.0]).repeat(9 * 4 * 4 // 2)

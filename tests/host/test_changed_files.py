@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from comfyui_helios.helios_core.regular_file import CheckpointError
+from comfyui_helios.host.files.named_files import fingerprint
 from comfyui_helios.host.files.single_file import find_file
 from comfyui_helios.host.guard import guarded
 from comfyui_helios.host.model.loading import load_model
 from comfyui_helios.host.stream import run_folder
-from comfyui_helios.host.stream.graph_key import fingerprint, graph_key
+from comfyui_helios.host.stream.graph_key import graph_key
 from comfyui_helios.nodes.load import HeliosDiffusersLoader, HeliosModelLoader
 from harness import oracle
 from support.runs import QUICK, sample

@@ -180,6 +180,18 @@ def test_a_file_may_be_named_in_every_way_that_nodes_read(files, text, named):
     assert graph_key(prompt, "5") != before
 
 
+def test_a_file_counts_beside_one_number(files):
+    """Helios Prompt From File has a text and a number, as a link has."""
+    prompt = copy.deepcopy(GRAPH)
+    prompt["7"] = {"class_type": "HeliosPromptFromFile", "inputs": {"file": "prompts.txt", "index": 0}}
+    prompt["2"]["inputs"]["positive"] = ["7", 0]
+    path = files / "input" / "prompts.txt"
+    path.write_text("A red fox.")
+    before = graph_key(prompt, "5")
+    path.write_text("A blue fox.")
+    assert graph_key(prompt, "5") != before
+
+
 def test_texts_of_all_kinds_are_no_files(files):
     for text in (
         "",

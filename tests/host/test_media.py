@@ -157,19 +157,25 @@ def video(images, rate):
     return InputImpl.VideoFromComponents(Types.VideoComponents(images=images, frame_rate=rate))
 
 
-def shown(frames):
-    return frames[:, 0, 0, 0].int().tolist()
+def shown(images, picked):
+    return images[list(picked), 0, 0, 0].int().tolist()
+
+
+def parts(pixels, latents):
+    """What of a video goes into a history of so many latent frames."""
+    begin, skipped = needed_frames(len(pixels), latents)
+    return pixels[:1], pixels[begin:], skipped
 
 
 def test_an_image_batch_is_taken_as_it_is():
     images = numbered(50)
-    assert video_frames(images) is images
+    assert video_frames(images) == (images, range(50))
 
 
 @pytest.mark.parametrize("rate", [Fraction(24), 24.0])
 def test_a_video_of_24_fps_is_untouched(rate):
     images = numbered(50)
-    assert video_frames(video(images, rate)) is images
+    assert video_frames(video(images, rate)) == (images, range(50))
 
 
 @pytest.mark.parametrize(
@@ -183,11 +189,11 @@ def test_a_video_of_24_fps_is_untouched(rate):
     ],
 )
 def test_a_video_of_another_rate_is_resampled_in_time(rate, frames, expected):
-    assert shown(video_frames(video(numbered(frames), Fraction(rate)))) == expected
+    assert shown(*video_frames(video(numbered(frames), Fraction(rate)))) == expected
 
 
 def test_two_seconds_of_30_fps_are_48_frames():
-    assert len(video_frames(video(numbered(60), Fraction(30)))) == 48
+    assert len(video_frames(video(numbered(60), Fraction(30)))[1]) == 48
 
 
 def test_a_video_of_no_images_is_refused_before_it_is_resampled():
@@ -195,14 +201,19 @@ def test_a_video_of_no_images_is_refused_before_it_is_resampled():
         video_frames(video(numbered(10).long(), Fraction(1, 10**9)))
 
 
+def test_a_video_that_is_hardly_any_frames_a_second_is_refused_at_once():
+    with pytest.raises(ValueError, match="has 240000000000 frames at 24 a second; expected at most 1000000"):
+        video_frames(video(numbered(10), Fraction(1, 10**9)))
+
+
 def test_a_hardly_slower_video_loses_no_frame():
-    assert shown(video_frames(video(numbered(240), Fraction(24000, 1001)))) == list(range(240))
+    assert shown(*video_frames(video(numbered(240), Fraction(24000, 1001)))) == list(range(240))
 
 
 @quick
 @given(st.integers(1, 200), st.fractions(Fraction(1), Fraction(240), max_denominator=1001))
 def test_resampling_keeps_duration_order_and_nearest_frames(frames, rate):
-    picked = shown(video_frames(video(numbered(frames), rate)))
+    picked = shown(*video_frames(video(numbered(frames), rate)))
     assert abs(Fraction(len(picked), 24) - frames / rate) <= Fraction(1, 48) or len(picked) == 1
     assert picked == sorted(picked)
     for position, source in enumerate(picked):  # the middles of both frames, in seconds
@@ -210,9 +221,15 @@ def test_resampling_keeps_duration_order_and_nearest_frames(frames, rate):
         assert distance <= max(Fraction(1, 2) / rate, Fraction(1, 48))
 
 
+def test_a_long_video_of_another_rate_is_not_copied():
+    images = numbered(20_000)
+    frames, picked = video_frames(video(images, Fraction(30)))
+    assert frames is images and len(picked) == 16_000
+
+
 def test_a_video_without_frames_is_left_for_the_next_step_to_refuse():
     with pytest.raises(ValueError, match=r"shape \(0, 2, 2, 3\)"):
-        prepare_images(video_frames(video(numbered(0), Fraction(30))), 8, 8, "crop")
+        prepare_images(video_frames(video(numbered(0), Fraction(30)))[0], 8, 8, "crop")
 
 
 def test_a_video_without_a_rate_is_refused():
@@ -276,7 +293,7 @@ def test_images_are_encoded_as_in_the_reference(vae, reference):
 def test_a_video_is_encoded_as_in_the_reference(vae, reference, frames):
     pixels = noise(frames, HEIGHT, WIDTH, 3)
     anchor, latents = reference(frames=pixels)
-    history = encode_video(vae, *needed_frames(pixels, 99))
+    history = encode_video(vae, *parts(pixels, 99))
     assert latents.shape[2] == frames // 33 * 9
     same(history.anchor, anchor)
     same(history.latents, latents)
@@ -302,10 +319,10 @@ def test_half_precision_latents_of_the_host_are_normalised_in_float32(vae):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 32])
-def test_a_short_video_is_refused(vae, frames):
+def test_a_short_video_is_refused(frames):
     plural = "s" if frames > 1 else ""
     with pytest.raises(ValueError, match=rf"has {frames} frame{plural} at 24 fps; expected at least 33\..*start_image"):
-        needed_frames(noise(frames, HEIGHT, WIDTH, 3), 19)
+        needed_frames(frames, 19)
 
 
 class Encoder:
@@ -339,7 +356,7 @@ def test_encoding_can_be_cancelled_between_two_chunks():
 
     vae = Cancelled(1, 16, 1, 8, 12)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        encode_video(vae, *needed_frames(torch.zeros(99, HEIGHT, WIDTH, 3), 19))
+        encode_video(vae, *parts(torch.zeros(99, HEIGHT, WIDTH, 3), 19))
     assert vae.calls == 1
 
 
@@ -348,7 +365,7 @@ def test_progress_reaches_its_end(vae, monkeypatch):
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
     encode_video(
-        vae, *needed_frames(noise(66, HEIGHT, WIDTH, 3), 19)
+        vae, *parts(noise(66, HEIGHT, WIDTH, 3), 19)
     )  # newer hosts leave out what follows too fast, never the last
     assert seen[-1] == (3, 3)
     encode_image(vae, noise(2, HEIGHT, WIDTH, 3))

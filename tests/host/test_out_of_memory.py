@@ -10,7 +10,7 @@ from comfyui_helios.helios_core.video import VideoStart
 from comfyui_helios.host import out_of_memory
 from comfyui_helios.host.files.text_encoder import load_text_encoder
 from comfyui_helios.host.out_of_memory import check_room, memory_errors, ran_out
-from comfyui_helios.host.sockets.images import prepare_images, video_frames
+from comfyui_helios.host.sockets.images import prepare_images
 from comfyui_helios.nodes.decode import HeliosChunkedVAEDecode
 from comfyui_helios.nodes.history import HeliosHistoryInjection
 from comfyui_helios.nodes.sample import HeliosChunkedSampler
@@ -154,9 +154,6 @@ def test_frames_that_memory_will_not_hold_are_told_before_they_are_sampled(parts
         run_node(HeliosChunkedSampler, parts.model, *start, QUICK, 3)
 
 
-def test_images_and_resampled_videos_that_memory_does_not_hold_are_refused(little):
+def test_images_that_memory_does_not_hold_are_refused(little):
     with pytest.raises(ValueError, match="40 images of 2048x2048 would take 1.9 GiB"):
         prepare_images(torch.zeros(40, 2, 2, 3), 2048, 2048, "crop")
-    components = SimpleNamespace(images=torch.zeros(40, 8, 8, 3), frame_rate=1e-3)
-    with pytest.raises(ValueError, match="The video's 960000 frames at 24 a second would take 0.7 GiB"):
-        video_frames(SimpleNamespace(get_components=lambda: components))

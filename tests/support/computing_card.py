@@ -146,7 +146,7 @@ def computing_card() -> Iterator[None]:
     """While the context lasts, this thread has a `cuda:0`, on which no kernels of Triton run, and infers."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "_apply", move))
-        stack.enter_context(patch.object(elementwise, "_fused", lambda device: None))
+        stack.enter_context(patch.object(elementwise, "_fused", lambda device, dtype: None))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         for name, answer in ANSWERS.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))

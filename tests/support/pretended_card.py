@@ -79,7 +79,7 @@ def pretended_card(host: Path | None = None) -> Iterator[Card]:
     """While the context lasts, this thread has a `cuda:0`, on which no kernels of Triton run. host is where the host's
     own code lies."""
     roots = (*PACK, str(host)) if host else PACK
-    plain = patch.object(elementwise, "_fused", lambda device: None)
+    plain = patch.object(elementwise, "_fused", lambda device, dtype: None)
     with patch.object(nn.Module, "_apply", move), plain, FakeTensorMode() as fake, Card(fake, roots) as card:
         yield card
 
