@@ -54,6 +54,40 @@ def test_cancel_is_noticed_while_saved_chunks_are_counted():
         count()
 
 
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+def change_metadata(path, **changed):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | changed
+    save_file(load_file(path), path, metadata)
+
+
+HARMED = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a bit": flip_a_bit,
+    "another graph's": lambda path: change_metadata(path, key="0" * 64),
+    "another place's": lambda path: path.write_bytes(path.with_name("chunk_00000.safetensors").read_bytes()),
+    "another format": lambda path: change_metadata(path, format="helios chunk 99"),
+    "a stranger's": lambda path: save_file({"weight": torch.zeros(3)}, path),
+    "a pickle": lambda path: torch.save({"latents": torch.zeros(3)}, path),
+}
+
+
+@pytest.mark.parametrize("harm", HARMED.values(), ids=HARMED)
+def test_a_file_that_is_not_the_chunk_is_refused_by_name(folder, harm):
+    save_run()
+    path = folder / "chunk_00001.safetensors"
+    harm(path)
+    done, problem = count()
+    assert done == 1
+    assert str(path) in problem
+
+
 def with_memory(chunk, **values):
     return replace(chunk, memory=replace(chunk.memory, **values))
 
