@@ -222,48 +222,43 @@ def contents(host):
 
 
 @pytest.mark.timeout(240 + 60 * KILLS)
-def test_killed_at_any_moment_and_resumed_it_gives_the_same_latents(models, tmp_path):
+def test_killed_at_any_moment_and_resumed_it_gives_the_same_latents(host, info):
     """Each time another crf, which makes the host run the node again and changes no latents."""
-    host = Host(tmp_path, models=models)
-    host.start()
-    try:
-        info = dict(host.get("/object_info"))
 
-        def api(crf):
-            return stream_api(info, "killed", frames=33 * LONG, seed=5, resume=True, crf=crf)
+    def api(crf):
+        return stream_api(info, "killed", frames=33 * LONG, seed=5, resume=True, crf=crf)
 
-        [file], expected_tail = saved(host, run_workflow(host.url, api(8)))
-        expected = contents(host)
-        assert len(expected) == LONG
-        assert len(frames(file)) == 33 * LONG
+    empty(host.output)
+    [file], expected_tail = saved(host, run_workflow(host.url, api(8)))
+    expected = contents(host)
+    assert len(expected) == LONG
+    assert len(frames(file)) == 33 * LONG
+    empty(host.output)
+    start = time.monotonic()
+    run_workflow(host.url, api(9))  # how long it takes once models and prompts are loaded, as they are from here on
+    whole_run = time.monotonic() - start
+    seed = random.randrange(10**6)
+    moments, resumed = random.Random(seed), []
+    for number in range(KILLS):
         empty(host.output)
-        start = time.monotonic()
-        run_workflow(host.url, api(9))  # how long it takes once models and prompts are loaded, as they are from here on
-        whole_run = time.monotonic() - start
-        seed = random.randrange(10**6)
-        moments, resumed = random.Random(seed), []
-        for number in range(KILLS):
-            empty(host.output)
-            moment = moments.uniform(0, whole_run)
-            print(f"kill {number + 1} of {KILLS} (seed {seed}): after {moment:.2f} of {whole_run:.2f} s")
-            kill_during(host, api(11 + number), moment)
-            for video in host.output.glob("*.mp4"):  # none, or a whole one
-                assert len(frames(video)) == 33 * LONG
-            resumed.append(len(chunk_files(host)))
-            host.start()
-            [file], tail = saved(host, run_workflow(host.url, api(11 + number)))
-            assert torch.equal(tail, expected_tail)
-            assert len(frames(file)) == 33 * LONG
-            same = [
-                a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-                for a, b in zip(expected, contents(host), strict=True)
-            ]
-            assert all(same)
-            said = re.findall(rf"Resumed after chunk (\d+) of {LONG}", host.log.read_text())
-            assert said == ([str(resumed[-1])] if 0 < resumed[-1] < LONG else [])
-        print(f"chunks that were there after each kill: {resumed}")
-    finally:
-        host.stop()
+        moment = moments.uniform(0, whole_run)
+        print(f"kill {number + 1} of {KILLS} (seed {seed}): after {moment:.2f} of {whole_run:.2f} s")
+        kill_during(host, api(11 + number), moment)
+        for video in host.output.glob("*.mp4"):  # none, or a whole one
+            assert len(frames(video)) == 33 * LONG
+        resumed.append(len(chunk_files(host)))
+        host.start()
+        [file], tail = saved(host, run_workflow(host.url, api(11 + number)))
+        assert torch.equal(tail, expected_tail)
+        assert len(frames(file)) == 33 * LONG
+        same = [
+            a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+            for a, b in zip(expected, contents(host), strict=True)
+        ]
+        assert all(same)
+        said = re.findall(rf"Resumed after chunk (\d+) of {LONG}", host.log.read_text())
+        assert said == ([str(resumed[-1])] if 0 < resumed[-1] < LONG else [])
+    print(f"chunks that were there after each kill: {resumed}")
 
 
 def empty(folder):
@@ -287,6 +282,7 @@ def kill_during(host, api, moment):
 
 
 def test_cancelled_and_resumed_in_one_server(host, info):
+    empty(host.output)
     api = stream_api(info, "resumed", frames=33 * 6, seed=51, resume=True)
     node = find(api, NODE)
     with pytest.raises(ExecutionInterrupted):
