@@ -101,14 +101,14 @@ def page(browser: Browser, server: Host) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="session")
-def page_of_session(browser: Browser, server: Host, files: Path) -> Iterator[Page]:
+def shared_page(browser: Browser, server: Host, files: Path) -> Iterator[Page]:
     """Opened when all files are there, of which it makes lists."""
     with open_page(browser, server.url) as page:
         yield page
 
 
 @pytest.fixture
-def used_page(page_of_session: Page) -> Page:
+def used_page(shared_page: Page) -> Page:
     """The server's page with an empty graph, opened once for all tests: quicker than `page`."""
-    page_of_session.clear()
-    return page_of_session
+    shared_page.clear()
+    return shared_page
