@@ -1,7 +1,7 @@
 """Run the test suites, each in a process of its own, and close with one line for all: run_tests.py [SUITE...]
 
 Apart, because `core` must pass where no ComfyUI can be imported, and ComfyUI's settings are global to a process.
-Without names: all of ROUNDS that there is a folder of; without `page`, where BROWSER=0.
+Without names: all of SUITES that there is a folder of; without `page`, where BROWSER=0.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "build" / "reports"
 
-# Suites of one round run side by side, AT_ONCE at a time, the longest first. A browser and its server want both cores,
-# but wait a good deal: beside them runs what only computes.
-ROUNDS = (("host", "core", "server", "faults"), ("page", "meaning"))
+# AT_ONCE of them run side by side, begun in this order, by which both cores are done at about the same time. A browser
+# and its server want both, but wait a good deal: beside them runs what only computes.
+SUITES = ("page", "meaning", "core", "host", "server", "faults")
 # A suite is a folder of tests/, but for these: what a marker selects of one.
 SELECTED = {"server": ("server", "not browser"), "page": ("server", "browser")}
 AT_ONCE = 2
@@ -31,13 +31,11 @@ GRACE = 15.0  # seconds for a suite to put its servers away
 OUTCOMES = {"failure": "failed", "error": "errors", "skipped": "skipped"}
 
 
-def plan(names: Sequence[str]) -> list[list[str]]:
-    """The rounds to run: of these suites, or of all that there is a folder of."""
-    known = [suite for suites in ROUNDS for suite in suites]
+def plan(names: Sequence[str]) -> list[str]:
+    """The suites to run, in order: these, or all that there is a folder of."""
     left_out = {"page"} if os.environ.get("BROWSER") == "0" else set()
-    wanted = names or [suite for suite in known if folder(suite).is_dir() and suite not in left_out]
-    others = [suite for suite in wanted if suite not in known]
-    return [*([suite for suite in suites if suite in wanted] for suites in ROUNDS), others]
+    wanted = names or [suite for suite in SUITES if folder(suite).is_dir() and suite not in left_out]
+    return sorted(dict.fromkeys(wanted), key=lambda suite: (*SUITES, suite).index(suite))
 
 
 def folder(suite: str) -> Path:
@@ -128,10 +126,9 @@ def main(names: Sequence[str]) -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the suites
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job, and what it starts, would ignore it
-    begin, statuses = time.monotonic(), dict[str, int]()
+    begin = time.monotonic()
     try:
-        for suites in plan(names):
-            statuses |= run(suites)
+        statuses = run(plan(names))
     except KeyboardInterrupt:
         print("\n===== interrupted =====")
         return 128 + signal.SIGINT

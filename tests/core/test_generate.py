@@ -1,7 +1,6 @@
 """Whole videos against diffusers' pipelines, and proof that a mistake would show."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -32,13 +31,10 @@ def models():
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("network", ["ours", "diffusers"])
-def test_equals_the_reference(models, case, network):
+def test_equals_the_reference(models, case):
     reference, ours = models
     positive, negative = oracle.prompts()
-
-    predict = ours if network == "ours" else partial(oracle.ask, reference)
-    video = our_video(case, guided(predict, case.schedule, positive, negative))
+    video = our_video(case, guided(ours, case.schedule, positive, negative))
     assert video.shape == (1, 16, 9 * CHUNKS, case.size[0] // 8, case.size[1] // 8)
     assert difference(video, reference_video(case, reference, positive, negative)) <= TOLERANCE
 

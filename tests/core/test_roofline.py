@@ -38,7 +38,7 @@ def counted(network, size, stage):
     return whole.get_total_flops(), step.get_total_flops()
 
 
-@pytest.mark.parametrize(("config", "size"), [({}, (48, 80)), (SMALL, (24, 40))], ids=["14b", "small"])
+@pytest.mark.parametrize(("config", "size"), [({"num_layers": 4}, (48, 80)), (SMALL, (24, 40))], ids=["14b", "small"])
 def test_the_network_takes_the_counted_flops(roofline, config, size):
     config = TransformerConfig(**config)
     network = HeliosTransformer(config, dtype=torch.bfloat16, device="meta")

@@ -86,9 +86,9 @@ def test_two_suites_run_side_by_side_and_are_shown_one_after_the_other(checkout,
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     shown = [words.split() for words in re.findall(r"(?:core|host) \d+", said)]
-    assert shown == [[suite, str(number)] for suite in ("host", "core") for number in range(50)]
+    assert shown == [[suite, str(number)] for suite in ("core", "host") for number in range(50)]
     assert said.index("core ---") < said.index("core 0") < said.index("server ---")
-    closing = r"===== 3 passed, 1 failed in \d+\.\ds \(host, core, server; failed: server\) ====="
+    closing = r"===== 3 passed, 1 failed in \d+\.\ds \(core, host, server; failed: server\) ====="
     assert re.fullmatch(closing, said.splitlines()[-1])
 
 
@@ -99,10 +99,10 @@ def test_all_suites_that_are_there_run_or_those_that_are_named(checkout, monkeyp
     spec = importlib.util.spec_from_file_location("run_tests", checkout / "scripts" / "run_tests.py")
     runner = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(runner)
-    assert runner.plan([]) == [["core", "server"], ["page"], []]
-    assert runner.plan(["gpu", "server"]) == [["server"], [], ["gpu"]]
+    assert runner.plan([]) == ["page", "core", "server"]
+    assert runner.plan(["gpu", "server"]) == ["server", "gpu"]
     monkeypatch.setenv("BROWSER", "0")
-    assert runner.plan([]) == [["core", "server"], [], []]
+    assert runner.plan([]) == ["core", "server"]
 
 
 def test_what_drives_a_browser_is_a_suite_of_its_own(checkout, begin):

@@ -80,11 +80,10 @@ def test_programs_run_where_python_does_not_look_beside_them(program, tmp_path):
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp936"])
-def test_what_was_made_is_told_into_a_file_in_a_windows_encoding(official, tmp_path, encoding):
+def test_what_was_made_is_told_into_a_file_in_a_windows_encoding(official, tmp_path):
     target = tmp_path / "модель \N{MOVIE CAMERA}.safetensors"
     command = [sys.executable, str(SCRIPTS / "convert_checkpoint.py"), str(official), str(target)]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     run = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert rb"\U0001f3a5.safetensors: 0.00 GB" in run.stdout

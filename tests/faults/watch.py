@@ -43,6 +43,7 @@ def fuzz(
     last: float = math.inf,
     family: str | None = None,
     planted: bool = False,
+    hang: float = HANG,
 ) -> Report:
     """Run cases for so many seconds, loading not counted; a child that hangs, hoards or dies is followed by another."""
     report = Report()
@@ -51,7 +52,7 @@ def fuzz(
         child = _Child(good, seed, first, family, planted)
         try:
             # A machine that is busy with other things is no fault of ours.
-            limit = max(HANG, SLOW * child.next(START)["good graph"])
+            limit = max(hang, SLOW * child.next(START)["good graph"])
             end = min(end, time.monotonic() + seconds)
             while time.monotonic() < end and first <= last and len(report.faults) < ENOUGH:
                 number = child.next(limit)["begin"]

@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,11 +212,9 @@ def test_workers_that_are_ended_while_they_are_asked_say_why(remote):
 def test_a_killed_worker_is_told_and_the_next_run_goes_well(plain, remote):
     expected = video(remote)
     first, second = processes(remote)
-    began = time.monotonic()
     second.kill()
     with pytest.raises(WorkerError, match=r"worker 2 of 2 has ended: it was killed \(SIGKILL\)"):
         remote.model.diffusion_model.prepare_text(torch.zeros(1, 8, 32))
-    assert time.monotonic() - began < 10
     assert gone(first.pid) and gone(second.pid)
     assert torch.equal(video(remote), expected)
 

@@ -16,8 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CONFIG = TransformerConfig(num_attention_heads=4, attention_head_dim=128, ffn_dim=1408, text_dim=64, num_layers=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.bfloat16, 2)])
 def test_the_estimate_is_no_less_and_not_much_more_than_the_peak(monkeypatch, dtype, batch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from measure import peak_extra_bytes

@@ -56,6 +56,44 @@ def test_cancel_is_noticed_while_saved_chunks_are_counted():
         count()
 
 
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+def change_metadata(path, **changed):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | changed
+    save_file(load_file(path), path, metadata)
+
+
+def copy_the_first(path):
+    path.write_bytes(path.with_name("chunk_00000.safetensors").read_bytes())
+
+
+HARMED = [
+    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged or no safetensors file"),
+    (lambda path: path.write_bytes(b""), "is damaged or no safetensors file"),
+    (lambda path: torch.save({"latents": torch.zeros(3)}, path), "is damaged or no safetensors file"),
+    (flip_a_bit, "is damaged: its contents do not fit its checksum"),
+    (copy_the_first, "it is another chunk"),
+    (lambda path: change_metadata(path, key="0" * 64), "it belongs to another graph"),
+    (lambda path: change_metadata(path, format="helios chunk 99"), "it is no chunk of Helios, or of another version"),
+    (lambda path: save_file({"weight": torch.zeros(3)}, path), "is no chunk of this video: it holds "),
+]
+
+
+@pytest.mark.parametrize(("harm", "reason"), HARMED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_file_that_is_not_the_chunk_is_refused_by_name(folder, harm, reason):
+    save_run()
+    path = folder / "chunk_00001.safetensors"
+    harm(path)
+    done, problem = count()
+    assert done == 1
+    assert problem.startswith(str(path)) and reason in problem
+
+
 def with_memory(chunk, **values):
     return replace(chunk, memory=replace(chunk.memory, **values))
 

@@ -24,6 +24,8 @@ from support.runs import QUICK, conditioning, run_node
 from support.streams import make_parts
 
 NAN = float("nan")
+NO_TEXTS = (3, ["a"], {"a": 1})
+HISTORY = "HeliosHistoryInjection"
 NODES = {node.GET_SCHEMA().node_id: node for node in asyncio.run(HeliosExtension().get_node_list())}
 NUMBERS = [
     (node, widget.id)
@@ -61,8 +63,18 @@ def with_widget(node, name, value):
     run_node(NODES[node], **{**values, name: value})
 
 
-@pytest.mark.parametrize("value", [NAN, math.inf, -1e9, 10**400, "3", None, [3]], ids=lambda value: str(value)[:5])
-@pytest.mark.parametrize("node, name", NUMBERS)
+@pytest.mark.parametrize(
+    ("node", "name", "value"),
+    [
+        *((*widget, value) for widget in NUMBERS for value in (NAN, -1e9)),
+        *(
+            (HISTORY, name, value)
+            for name in ("width", "image_sigma_min")
+            for value in (math.inf, 10**400, "3", None, [3])
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
 def test_a_number_that_its_widget_could_not_have_is_refused(node, name, value):
     with pytest.raises(ValueError, match=rf"^`{name}` is .*; expected a (whole )?number from .*\. Correct the widget"):
         with_widget(node, name, value)
@@ -78,8 +90,14 @@ def test_a_lone_surrogate_is_no_text():
         with_widget("HeliosTextEncode", "negative", "\ud800")
 
 
-@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}], ids=ascii)
-@pytest.mark.parametrize("node, name", TEXTS)
+@pytest.mark.parametrize(
+    ("node", "name", "value"),
+    [
+        *((*widget, None) for widget in TEXTS),
+        *((*widget, value) for widget in ((HISTORY, "fit"), ("HeliosTextEncode", "positive")) for value in NO_TEXTS),
+    ],
+    ids=str,
+)
 def test_what_is_no_text_is_refused(node, name, value):
     with pytest.raises(ValueError, match=rf"^`{name}` is .*; expected (one of its choices|text that can be written)"):
         with_widget(node, name, value)

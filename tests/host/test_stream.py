@@ -71,8 +71,9 @@ def written(monkeypatch):
     return frames
 
 
-@pytest.mark.parametrize("overlap", ["auto", "off"])
-@pytest.mark.parametrize("decoding", [{}, {"trim": True}, {"drop_first": 40}, {"trim": True, "drop_first": 7}])
+@pytest.mark.parametrize(
+    ("overlap", "decoding"), [("auto", {}), ("auto", {"drop_first": 40}), ("off", {"trim": True, "drop_first": 7})]
+)
 def test_the_same_pictures_as_node_by_node(parts, written, overlap, decoding):
     start = beginning(70)
     _, images = node_by_node(parts, start, **decoding)
@@ -143,8 +144,7 @@ def failing(error, at):
     return action
 
 
-@pytest.mark.parametrize("overlap", ["auto", "off"])
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize(("overlap", "at"), [("auto", 1), ("auto", 3), ("off", 2)])
 def test_an_error_while_decoding_leaves_nothing(parts, overlap, at):
     threads = threading.active_count()
     both, _ = watched(parts, failing(RuntimeError("not enough memory: you tried to allocate"), at))
@@ -180,8 +180,7 @@ def test_a_failed_decoding_ends_the_run_at_the_next_step(parts, monkeypatch):
     assert temporary_files() == []
 
 
-@pytest.mark.parametrize("overlap", ["auto", "off"])
-@pytest.mark.parametrize("at", [1, 4, 9])
+@pytest.mark.parametrize(("overlap", "at"), [("auto", 1), ("auto", 9), ("off", 4)])
 def test_running_out_of_memory_in_a_step_leaves_nothing(parts, overlap, at):
     calls = []
 
@@ -214,8 +213,7 @@ def test_cancelling_leaves_nothing(parts, overlap):
     assert temporary_files() == []
 
 
-@pytest.mark.parametrize("after", [0, 20, 65])
-@pytest.mark.parametrize("overlap", ["auto", "off"])
+@pytest.mark.parametrize(("overlap", "after"), [("auto", 0), ("auto", 65), ("off", 20)])
 def test_a_full_disk_is_explained_and_leaves_nothing(parts, monkeypatch, overlap, after):
     original = VideoFile._encode
 

@@ -24,9 +24,9 @@ def test_it_sees_what_was_drawn():
 
 @torch.inference_mode()
 def test_it_sees_what_comes_out_of_the_vae():
-    vae, seen = load("base").vae, clips(6, held_out=True)
+    vae, seen = load("base").vae, clips(6, held_out=True)[1::2]  # a ball, a square and a triangle
 
     def there_and_back(clip):
         return torch.cat([vae.decode(vae.encode(chunk))[0] for chunk in drawn(clip).split(FRAMES_PER_CHUNK)])
 
-    assert right(map(there_and_back, seen), seen)["together"] >= 0.95
+    assert right(map(there_and_back, seen), seen)["together"] == 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
+import convert_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -46,7 +45,7 @@ def files(server: Host, models: Path) -> Path:
     if os.environ.get("UPDATE_PICTURES"):  # which show more of a model that has learnt something
         folder = ROOT / "models" / "Helios-Tiny-Distilled"
     target = models / "diffusion_models" / "helios_distilled_bf16.safetensors"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "convert_checkpoint.py"), folder, target], check=True)
+    assert convert_checkpoint.main([str(folder), str(target)]) == 0
     graph = {
         "1": {"class_type": "HeliosDiffusersLoader", "inputs": {"folder": folder.name, "dtype": "auto"}},
         "2": {"class_type": "VAESave", "inputs": {"vae": ["1", 2], "filename_prefix": "vae/tiny"}},
@@ -101,14 +100,15 @@ def page(browser: Browser, server: Host) -> Iterator[Page]:
         yield page
 
 
-@pytest.fixture(scope="module")
-def page_of_module(browser: Browser, server: Host) -> Iterator[Page]:
+@pytest.fixture(scope="session")
+def shared_page(browser: Browser, server: Host, files: Path) -> Iterator[Page]:
+    """Opened when all files are there, of which it makes lists."""
     with open_page(browser, server.url) as page:
         yield page
 
 
 @pytest.fixture
-def used_page(page_of_module: Page) -> Page:
-    """The server's page with an empty graph, opened once for all tests of a module: quicker than `page`."""
-    page_of_module.clear()
-    return page_of_module
+def used_page(shared_page: Page) -> Page:
+    """The server's page with an empty graph, opened once for all tests: quicker than `page`."""
+    shared_page.clear()
+    return shared_page

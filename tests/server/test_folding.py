@@ -2,7 +2,6 @@
 
 import pytest
 
-from harness.browser import open_page
 from harness.small import FIRST_RUN, read_workflow
 
 pytestmark = pytest.mark.browser
@@ -24,20 +23,14 @@ ADVANCED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def page(browser, server):
-    with open_page(browser, server.url) as page:
-        yield page
-
-
 @pytest.fixture
-def opened(page):
+def opened(used_page):
     """The page with the first workflow in it, all of whose advanced widgets have values of their own."""
     workflow = read_workflow(FIRST_RUN)
     [node] = [node for node in workflow["nodes"] if node["type"] == NODE]
     node["widgets_values"][4:] = ["pad", True, False, False, 0.2, 0.3, 0.4, 0.5, 17, 3, 2]
-    page.load(workflow)
-    return page
+    used_page.load(workflow)
+    return used_page
 
 
 def shown(page):

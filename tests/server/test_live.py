@@ -15,7 +15,7 @@ from harness.client import ExecutionInterrupted, run_workflow
 from harness.small import find, small_api
 
 LIST = "/helios/live"
-CHUNKS = 6
+CHUNKS = 4
 
 
 @pytest.fixture(scope="module")

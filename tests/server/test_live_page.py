@@ -170,5 +170,5 @@ def test_finish_says_where_it_ends_if_not_at_once(used_page):
 
 
 @pytest.mark.parametrize("status", [200, 429])
-def test_what_is_answered_about_another_video_is_not_said_of_this_one(page, status):
-    assert page.page.evaluate(ASK, {"status": status}) == [None, "", []]
+def test_what_is_answered_about_another_video_is_not_said_of_this_one(used_page, status):
+    assert used_page.page.evaluate(ASK, {"status": status}) == [None, "", []]

@@ -5,6 +5,7 @@ import json
 import pytest
 from make_blueprints import find
 
+from harness.browser import open_page
 from harness.small import FIRST_RUN, ROOT, read_workflow
 
 pytestmark = pytest.mark.browser
@@ -42,6 +43,13 @@ IN_SIGHT = """text => [...document.querySelectorAll('.dom-widget')].some(widget 
     const words = document.createRange()
     words.selectNodeContents(widget)
     return words.getBoundingClientRect().bottom <= widget.getBoundingClientRect().bottom + 1 })"""
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser, server):
+    """In which nothing has run: what is said is of the run before."""
+    with open_page(browser, server.url) as page:
+        yield page
 
 
 def say(page, ids, text):

@@ -1,14 +1,11 @@
 """Group offloading switched on and off in graphs on a real server, on layers that are large enough to travel."""
 
-import subprocess
-import sys
-
+import convert_checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from harness.client import run_workflow
-from harness.host import ROOT
 from harness.small import find, small_api, with_latents
 from harness.tiny import make_transformer
 
@@ -21,8 +18,7 @@ def wide(server, files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wide")
     make_transformer(5, ffn_dim=WIDE).save_pretrained(folder / "transformer")
     target = files / "diffusion_models" / "helios_wide_bf16.safetensors"
-    converter = str(ROOT / "scripts" / "convert_checkpoint.py")
-    subprocess.run([sys.executable, converter, folder, target, "--variant", "distilled"], check=True)
+    assert convert_checkpoint.main([str(folder), str(target), "--variant", "distilled"]) == 0
     return target.name
 
 

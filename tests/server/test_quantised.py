@@ -1,14 +1,11 @@
 """A file that the converter has quantised, in graphs on a real server that is asked to free memory in between."""
 
-import subprocess
-import sys
-
+import convert_checkpoint
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from harness.client import run_workflow
-from harness.host import ROOT
 from harness.small import find, small_api, with_latents
 from harness.tiny import make_transformer
 
@@ -19,9 +16,8 @@ def scaled(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scaled")
     make_transformer(5).save_pretrained(folder / "transformer")
     target = files / "diffusion_models" / "helios_fp8_scaled.safetensors"
-    converter = str(ROOT / "scripts" / "convert_checkpoint.py")
-    command = [sys.executable, converter, folder, target, "--variant", "distilled", "--quant", "fp8_scaled", "--keep"]
-    subprocess.run(command, check=True)
+    options = ["--variant", "distilled", "--quant", "fp8_scaled", "--keep"]
+    assert convert_checkpoint.main([str(folder), str(target), *options]) == 0
     return target.name
 
 

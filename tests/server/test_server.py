@@ -21,6 +21,13 @@ DISTILLED = "helios_t2v_distilled"
 READER = "HeliosPromptFromFile"
 
 
+@pytest.fixture(scope="module")
+def restarted(models, tmp_path_factory):
+    """A second server, which knows nothing of the first."""
+    with Host(tmp_path_factory.mktemp("restarted"), models=models) as host:
+        yield host
+
+
 def video(server, run):
     [file] = run.files()
     with av.open(str(server.output / file["subfolder"] / file["filename"])) as container:
@@ -104,15 +111,14 @@ def test_interrupting_stops_within_a_step_and_the_next_run_is_right(server, info
     assert torch.equal(latents(server, run_workflow(server.url, again)), expected)
 
 
-def test_same_seed_same_latents_twice_and_across_restarts(server, info, models, tmp_path):
+def test_same_seed_same_latents_twice_and_across_restarts(server, info, restarted):
     def run(host, seed, prefix):
         return latents(host, run_workflow(host.url, with_latents(small_api(DISTILLED, info, seed=seed), prefix)))
 
     first, other, second = (run(server, seed, f"seed{i}") for i, seed in enumerate((11, 12, 11)))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
-    with Host(tmp_path, models=models) as restarted:
-        assert torch.equal(run(restarted, 11, "restarted"), first)
+    assert torch.equal(run(restarted, 11, "restarted"), first)
 
 
 def test_unchanged_loaders_and_prompts_do_not_run_again(server, info):
@@ -204,7 +210,7 @@ def test_a_contradicting_schedule_warns_on_the_node(server, info):
     assert "Wrong schedule: connect Helios-Distilled's" in server.log.read_text()
 
 
-def test_going_on_equals_one_run_across_restarts(server, info, models, tmp_path):
+def test_going_on_equals_one_run_across_restarts(server, info, restarted):
     """Two samplers in a row, against one; and by the host's own Save and Load Latent, which drop our key."""
     api = with_latents(small_api("helios_extend", info, frames=33), "extend")
     first, second = "15", "35"  # the samplers of helios_extend
@@ -219,13 +225,12 @@ def test_going_on_equals_one_run_across_restarts(server, info, models, tmp_path)
 
     api["save"]["inputs"]["samples"] = [first, 0]
     [file] = run_workflow(server.url, api).files()
-    with Host(tmp_path, models=models) as restarted:
-        shutil.copy(server.output / file["subfolder"] / file["filename"], tmp_path / "input" / "first.latent")
-        api["load"] = {"class_type": "LoadLatent", "inputs": {"latent": "first.latent"}}
-        api["33"]["inputs"]["previous"] = ["load", 0]
-        api["save"]["inputs"]["samples"] = [second, 0]
-        resumed = latents(restarted, run_workflow(restarted.url, api))
-        assert "has lost what Helios adds" in restarted.log.read_text()
+    shutil.copy(server.output / file["subfolder"] / file["filename"], restarted.base / "input" / "first.latent")
+    api["load"] = {"class_type": "LoadLatent", "inputs": {"latent": "first.latent"}}
+    api["33"]["inputs"]["previous"] = ["load", 0]
+    api["save"]["inputs"]["samples"] = [second, 0]
+    resumed = latents(restarted, run_workflow(restarted.url, api))
+    assert "has lost what Helios adds" in restarted.log.read_text()
     assert resumed.shape == going_on.shape
     assert torch.isfinite(resumed).all()
 
