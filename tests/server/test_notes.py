@@ -137,7 +137,7 @@ def test_what_others_say_on_a_subgraph_stays(page):
     assert "What somebody says." in notes(page)
 
 
-@pytest.mark.parametrize("text", ["What it says has some lines. " * 8, "它说的话有好几行。" * 44], ids=["English", "Chinese"])
+@pytest.mark.parametrize("text", ["What it says has some lines. " * 8, "它说的话有好几行。" * 44], ids=["en", "zh"])
 def test_all_of_a_long_one_can_be_read(used_page, text):
     """The page has two lines for it, and the rest only for those who scroll."""
     workflow = read_workflow(FIRST_RUN)
