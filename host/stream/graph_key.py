@@ -52,7 +52,8 @@ def graph_key(prompt: Prompt, node_id: str) -> str:
             kind, inputs = prompt[node]["class_type"], prompt[node]["inputs"]
             kept = {name: inputs[name] for name in inputs if name not in NOT_LATENTS.get(kind, ())}
             values = {name: resolve(value) for name, value in kept.items()}
-            named = [[text, files.lasting(text)] for text in sorted(set(_texts(kept)))]
+            given = [value for value in kept.values() if not is_link(value)]
+            named = [[text, files.lasting(text)] for text in sorted(set(_texts(given)))]
             _check_as_started(prompt[node], files)
             known[node] = sha256([KEY_FORMAT, kind, values, named])
         return known[node]
@@ -74,12 +75,12 @@ def _check_as_started(node: dict[str, Any], files: NamedFiles) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in a value of an input; links are not among them."""
+    """All strings in a value. A list of a text and a number is a link only as all of an input, not within one."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
             yield from _texts(part)
-    elif isinstance(value, list) and not is_link(value):
+    elif isinstance(value, list):
         for part in value:
             yield from _texts(part)

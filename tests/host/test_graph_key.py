@@ -180,10 +180,13 @@ def test_a_file_may_be_named_in_every_way_that_nodes_read(files, text, named):
     assert graph_key(prompt, "5") != before
 
 
-def test_a_file_counts_beside_one_number(files):
-    """Helios Prompt From File has a text and a number, as a link has."""
+@pytest.mark.parametrize(
+    "inputs", [{"file": "prompts.txt", "index": 0}, {"files": [["prompts.txt", 0], ["prompts.txt", 1]]}]
+)
+def test_a_file_counts_beside_one_number(files, inputs):
+    """Helios Prompt From File has a text and a number, as a link has; other nodes have lists of such pairs."""
     prompt = copy.deepcopy(GRAPH)
-    prompt["7"] = {"class_type": "HeliosPromptFromFile", "inputs": {"file": "prompts.txt", "index": 0}}
+    prompt["7"] = {"class_type": "HeliosPromptFromFile", "inputs": inputs}
     prompt["2"]["inputs"]["positive"] = ["7", 0]
     path = files / "input" / "prompts.txt"
     path.write_text("A red fox.")
