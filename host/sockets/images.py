@@ -117,9 +117,9 @@ def video_frames(video: Any) -> tuple[Tensor, Sequence[int]]:
         )
     components = video.get_components()
     images, rate = components.images, _frame_rate(components.frame_rate)
-    if rate == FRAME_RATE or len(images) == 0:
-        return images, range(len(images))
     check_images(images)
+    if rate == FRAME_RATE:
+        return images, range(len(images))
     step = rate / FRAME_RATE
     count = max(1, round(len(images) / step))
     if count > MOST_FRAMES:

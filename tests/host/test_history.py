@@ -1,10 +1,12 @@
 """Everything a person can compose with Helios History Injection and the sampler, inside the host."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import comfy.latent_formats
 import pytest
 import torch
+from comfy_api.latest import InputImpl, Types
 
 from comfyui_helios.helios_core.drift import AntiDrift
 from comfyui_helios.helios_core.schedule import BASE, DISTILLED, MID
@@ -124,6 +126,21 @@ def test_video_to_video_equals_the_reference(model, reference, name, chunks):
         add_noise_to_image_latents=False,
     )
     assert difference(normalised(video), expected[:, :, 9 * chunks :]) <= TOLERANCE
+
+
+def test_of_a_video_at_another_rate_those_frames_are_encoded_that_it_shows():
+    """At 48 fps every other one: the first, and of four chunks the last three."""
+    seen, count = [], 2 * 33 * 4
+
+    class Watching(GivenVAE):
+        def encode(self, frames):
+            seen.extend((frames[:, 0, 0, 0] * count).round().int().tolist())
+            return super().encode(frames)
+
+    images = (torch.arange(count) / count)[:, None, None, None].expand(-1, *SIZE, 3)
+    video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, frame_rate=Fraction(48)))
+    inputs(vae=Watching(latents(1, 1), latents(2, 27).split(9, dim=2)), video=video)
+    assert seen == [1, *range(2 * 33 + 1, count, 2)]
 
 
 def test_a_batch_of_images_makes_a_batch_of_videos(model):

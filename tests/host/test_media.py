@@ -227,9 +227,11 @@ def test_a_long_video_of_another_rate_is_not_copied():
     assert frames is images and len(picked) == 16_000
 
 
-def test_a_video_without_frames_is_left_for_the_next_step_to_refuse():
-    with pytest.raises(ValueError, match=r"shape \(0, 2, 2, 3\)"):
-        prepare_images(video_frames(video(numbered(0), Fraction(30)))[0], 8, 8, "crop")
+@pytest.mark.parametrize("rate", [24, 30])
+@pytest.mark.parametrize(("images", "what"), [(numbered(0), r"shape \(0, 2, 2, 3\)"), (None, "type NoneType")])
+def test_a_video_without_frames_is_refused(images, what, rate):
+    with pytest.raises(ValueError, match=what):
+        video_frames(video(images, Fraction(rate)))
 
 
 def test_a_video_without_a_rate_is_refused():
