@@ -1,6 +1,7 @@
 """Who gets the fused kernels. What they give in Triton's interpreter is part of what test_gpu_command.py rehearses."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,16 +22,25 @@ def test_a_processor_has_none():
 
 
 @pytest.mark.parametrize(
-    ("hip", "capability", "dtype"),
-    [(None, (6, 1), torch.float16), (None, (7, 5), torch.bfloat16), ("6.4", (9, 4), torch.float16)],
-    ids=["Pascal", "Turing in bf16", "AMD"],
+    ("hip", "capability", "dtype", "runs"),
+    [
+        (None, (6, 1), torch.float16, False),
+        (None, (7, 5), torch.float16, True),
+        (None, (7, 5), torch.bfloat16, False),
+        (None, (8, 0), torch.bfloat16, True),
+        ("6.4", (9, 4), torch.float16, False),
+    ],
 )
-def test_cards_on_which_triton_may_end_the_process_have_none(monkeypatch, hip, capability, dtype):
+def test_a_card_has_them_where_triton_does_not_end_the_process(monkeypatch, hip, capability, dtype, runs):
     fused = pytest.importorskip("comfyui_helios.helios_core.fused")
-    monkeypatch.setattr(fused, "try_out", lambda device: pytest.fail("tried out"))
+    tried = []
+    monkeypatch.setattr(fused, "try_out", tried.append)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert elementwise._fused(torch.device("cuda:0"), dtype) is None
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=dtype, stride=lambda dim: 1)
+    with torch.inference_mode():
+        assert elementwise.fused_where_possible(x) is (fused if runs else elementwise)
+    assert tried == [x.device] * runs
 
 
 def test_without_triton_there_are_none(monkeypatch):

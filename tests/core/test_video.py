@@ -179,6 +179,7 @@ def test_runs_without_an_anchor(models):
     seed = VideoStart(layout=HistoryLayout(keep_first_frame=False))
     video, memory, _ = run(models[1], replace(DISTILLED, steps=(1, 1, 1)), seed, 3)
     assert memory.history().short.shape[2] == 2
+    assert torch.equal(memory.anchor, video[:, :, :1])  # for a run that goes on and shows it
     assert memory.latents.shape[2] == 20
     assert torch.isfinite(video).all()
 
