@@ -240,7 +240,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ki
     if not isinstance(drifted, bool) or values != _describe(kind.layout):
         raise ValueError("its memory is laid out in another way")
     statistics = Statistics(tensors["mean"], tensors["var"]) if kind.watched else None
-    memory = Memory(tensors["memory"], tensors.get("anchor"), kind.layout, statistics, drifted)
+    memory = Memory(tensors["memory"], tensors["anchor"], kind.layout, statistics, drifted)
     change, finished = _steering(metadata.get("steering"))
     return SavedChunk(tensors["latents"], memory, tensors["rng_state"], change, finished)
 

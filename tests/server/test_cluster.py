@@ -138,7 +138,8 @@ def test_workers_killed_at_any_moment_are_told_and_the_video_is_resumed(host, in
     seed = random.randrange(10**6)
     moments = random.Random(seed)
     killed = 0
-    for number in range(3 * KILLS):  # what the server says may come late: a run may be over before its worker is killed
+    tries = 3 + 3 * KILLS  # what the server says may come late: a run may be over before its worker is killed
+    for number in range(tries):
         shutil.rmtree(host.output)
         host.output.mkdir()
         api = on_two(stream_api(info, seed=6, crf=number % 52))
@@ -154,7 +155,7 @@ def test_workers_killed_at_any_moment_are_told_and_the_video_is_resumed(host, in
             killed += 1
         if killed == KILLS:
             return
-    pytest.fail(f"Of {3 * KILLS} runs, {killed} were going on when their worker was killed.")
+    pytest.fail(f"Of {tries} runs, {killed} were going on when their worker was killed.")
 
 
 def test_nothing_of_the_workers_outlives_the_server(host, info):
