@@ -82,6 +82,10 @@ class Decoder:
             latents = latents.contiguous(memory_format=torch.channels_last_3d)
         return self.decode(self.vae, latents)
 
+    def converted(self, dtype: torch.dtype, channels_last: bool) -> Decoder:
+        vae = converted(self.vae, dtype, channels_last)
+        return replace(self, vae=vae, channels_last=channels_last)
+
 
 def find(size: dict[str, Any], device: torch.device) -> Decoder:
     """The host's VAE in float32, or diffusers'; MissingError where there is neither."""
@@ -108,7 +112,7 @@ def on_card(decoder: Decoder, chunk: Tensor, turns: int) -> Generator[Row, None,
     for name, (dtype, channels_last, batch) in WAYS.items():
         if dtype != torch.bfloat16 or batch != 1:
             continue
-        other = replace(decoder, vae=converted(decoder.vae, dtype, channels_last), channels_last=channels_last)
+        other = decoder.converted(dtype, channels_last)
         note = f"peer: float32; PSNR {psnr(other(chunk.to(dtype)), expected):.1f} dB"
         took = median(partial(other, chunk.to(dtype)), turns)
         yield Row.compare(name, took, exact, "s", note)
@@ -118,9 +122,8 @@ def on_card(decoder: Decoder, chunk: Tensor, turns: int) -> Generator[Row, None,
 
 def closer(shape: Shape, file: Path) -> Iterator[Row]:
     """A chunk in bf16: where its time goes, channels-last and, the peer, not; and what compiling the decoder gains."""
-    plain = find(shape.vae, device())
-    plain = replace(plain, vae=converted(plain.vae, torch.bfloat16, channels_last=False))
-    last = replace(plain, vae=converted(plain.vae, torch.bfloat16, channels_last=True), channels_last=True)
+    exact = find(shape.vae, device())
+    plain, last = (exact.converted(torch.bfloat16, channels_last) for channels_last in (False, True))
     chunk = random(1, LATENT_CHANNELS, CHUNK_LATENTS, *shape.decoded)
     ours, theirs = profile_gpu.profile(partial(last, chunk)), profile_gpu.profile(partial(plain, chunk))
     file.unlink(missing_ok=True)

@@ -24,6 +24,10 @@ class Quantiser(Protocol):
     """Makes one of the formats."""
 
     @property
+    def format(self) -> str:
+        """What ComfyUI calls it."""
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """What it makes of a matrix, by the names that files have for it: the weight, and what lies beside."""
 
@@ -35,10 +39,11 @@ class Quantiser(Protocol):
 
 
 class ScaledFp8:
+    format = "float8_e4m3fn"
     parts = ("weight", "weight_scale")
 
     def settings(self, columns: int) -> dict[str, Any]:
-        return {"format": "float8_e4m3fn"}
+        return {"format": self.format}
 
     def make(self, weight: Tensor) -> tuple[dict[str, Tensor], float]:
         scale = scale_of(weight)
@@ -50,7 +55,7 @@ class ScaledFp8:
 class ByKitchen:
     """A format of comfy-kitchen's. Where it rotates, columns are mixed before rounding, which spreads outliers."""
 
-    format: str  # as ComfyUI calls it
+    format: str
     layout: str  # comfy-kitchen's class
     parts: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)  # of the class, which files do not say
@@ -121,5 +126,5 @@ def planned_parts(
     quantiser: Quantiser, settings: dict[str, Any], rows: int, columns: int
 ) -> dict[str, tuple[torch.dtype, Shape]]:
     """Type and shape of each part that it will make, by its settings, of a matrix of this size."""
-    kinds = QuantisedLayer(settings["format"], settings, {}).kinds(rows, columns)
+    kinds = QuantisedLayer(quantiser.format, settings, {}).kinds(rows, columns)
     return {part: (kinds[part].dtypes[0], kinds[part].shapes[0]) for part in quantiser.parts}
